@@ -1,0 +1,508 @@
+"""Data: from a name or a file to batches of token ids.
+
+    load  ->  encode (template, tokenizer, filter)  ->  with_negatives  ->  batches  ->  Batch
+
+An `Example` is text, a `Datum` is one prompt and one response in token ids, a `Batch` is a rectangle of them.
+Every row of a batch reads `prompt, response, EOS, padding`; all that follows rests on two conventions:
+
+* Column t of every (B, T) tensor belongs to token t.
+* Masks come from lengths, never from comparing ids: Llama-2 has no padding token, and its EOS is an action.
+
+Prompt and response are tokenised apart and their ids joined, so that training and sampling see the same ids.
+
+Paper: Solway 2024, arXiv 2408.16753; sections 3.2 (negatives) and 4.2 (data sets).
+Dimensions: B batch, T time (longest row of the batch).
+"""
+
+import csv
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness: every draw is a pure function of (seed, stream, step), so nothing has to be remembered between steps.
+
+
+def stream_seed(seed, *stream):
+    """A 63-bit seed for one named stream, for example `stream_seed(1337, "rollout", step)`.
+
+    Streams do not disturb each other: sampling one more token changes neither the data order nor the negatives.
+    """
+    key = ":".join(map(str, (seed, *stream))).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text: one example, and where it comes from
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    source: str
+    target: str
+
+
+COLUMNS = [  # the pairs of column names that are found without being named
+    ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
+    ("prompt", "completion"), ("input", "output"),
+]  # fmt: skip
+PRESETS = {"samsum": "data/samsum", "xsum": "data/xsum"}  # name -> the folder where the README says to put it
+SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a lone file
+FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is below some news articles
+
+
+def load(name_or_path, split, input_column=None, target_column=None):
+    """All examples of one split.
+
+    name_or_path: "toy" (made on the spot), "samsum" or "xsum" (files in data/<name>), a folder that holds
+    {train,validation,test}.{csv,jsonl}, or one such file, whose rows are then dealt 8:1:1 by row number.
+    split: "train", "validation" or "test"; toy also has "pretrain".
+    Returns a list of Example, texts stripped and line ends as "\\n".
+    Raises FileNotFoundError or ValueError with the file, the row and the remedy.
+    """
+    if name_or_path == "toy":
+        return toy(split)
+    path = Path(PRESETS.get(str(name_or_path), name_or_path))
+    if not path.exists():
+        if str(name_or_path) in PRESETS:
+            raise FileNotFoundError(
+                f"{path}: no such folder; put train.csv, validation.csv and test.csv of {name_or_path} there "
+                f"(or .jsonl), or name another place: --data FOLDER"
+            )
+        raise FileNotFoundError(f"{path}: no such file or folder; --data takes toy, samsum, xsum or a path")
+    file = find_split(path, split) if path.is_dir() else path
+    examples = [to_example(file, number, row, input_column, target_column) for number, row in read_rows(file)]
+    if path.is_file():
+        if len(examples) < 10:
+            raise ValueError(
+                f"{path}: {len(examples)} rows; a single file is dealt 8:1:1 into train, validation and test and needs "
+                f"at least 10, or give --data a folder with one file a split"
+            )
+        examples = [e for i, e in enumerate(examples) if i % 10 in SPLIT_SHARE[split]]
+    if not examples:
+        raise ValueError(f"{file}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
+    return examples
+
+
+def find_split(folder, split):
+    names = [f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in (".csv", ".jsonl")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder}: no file for the {split} split; expected one of {', '.join(names)}")
+
+
+def read_rows(file):
+    """Yield (line or row number, dict) from a CSV or JSONL file. The strings NA and None stay strings."""
+    if file.suffix not in (".csv", ".jsonl"):
+        raise ValueError(f"{file}: unknown file type; --data reads .csv and .jsonl")
+    csv.field_size_limit(FIELD_LIMIT)
+    number = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield number, json.loads(line)
+            else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
+                reader = csv.DictReader(lines, strict=True)
+                for row in reader:
+                    number = reader.line_num
+                    yield number, row
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}:{number}: {error}; mend or remove that row") from None
+
+
+def to_example(file, number, row, input_column, target_column):
+    if not isinstance(row, dict):
+        raise ValueError(f"{file}:{number}: expected an object with an input and a target column, found {row!r:.40}")
+    source, target = guess_columns(file, row, input_column, target_column)
+    for column in (source, target):
+        if not isinstance(row.get(column), str) or not row[column].strip():
+            raise ValueError(f"{file}:{number}: column {column!r} is empty or not text; mend or remove that row")
+    clean = [row[column].replace("\r\n", "\n").replace("\r", "\n").strip() for column in (source, target)]
+    return Example(str(row.get("id") or number), *clean)
+
+
+def guess_columns(file, row, input_column, target_column):
+    if input_column and target_column:
+        found = [(input_column, target_column)] if input_column in row and target_column in row else []
+    else:
+        found = [pair for pair in COLUMNS if set(pair) <= set(row)]
+    if len(found) != 1:
+        problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
+        raise ValueError(
+            f"{file}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME --target-column NAME"
+        )
+    return found[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens: template, tokenizer, filter
+
+# The Llama-2 chat format. With the Llama tokenizer the words around {source}, BOS included, cost 98 tokens: the filter
+# at 400 then drops 12.4 % of SAMSum's training split and 13.2 % of its test split (paper, 4.2: at most 13.4 %).
+LLAMA2_TEMPLATE = """[INST] <<SYS>>
+You are a helpful assistant who writes short and accurate summaries. You always keep to the facts of the text and add \
+nothing of your own.
+<</SYS>>
+
+Read the following text and summarize it in one or two short sentences. Output the summary only: do not begin with an \
+introduction such as "Sure, here is a summary", and do not end with a comment.
+
+{source} [/INST]"""
+
+# What `pretrain` gives its small models, whose time would otherwise go into reading the same 98 tokens again and again.
+SHORT_TEMPLATE = "[INST] {source} [/INST]"
+
+
+def load_template(folder):
+    """The prompt template of a model folder: its `template.txt` where there is one, else Llama-2 chat."""
+    file = Path(folder) / "template.txt"
+    text = file.read_text(encoding="utf-8") if file.is_file() else LLAMA2_TEMPLATE
+    if text.count("{source}") != 1:
+        raise ValueError(f"{file}: the template must hold {{source}} exactly once, where the input text goes")
+    return text
+
+
+class Tokenizer:
+    """A SentencePiece model. Control tokens in a text (`</s>`) are read as ordinary text, never as ids 1 or 2."""
+
+    def __init__(self, folder):
+        file = Path(folder) / "tokenizer.model"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; copy the model's SentencePiece tokenizer there")
+        self.sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self.sp.Load(str(file))
+        except (RuntimeError, OSError):
+            raise ValueError(f"{file}: not a SentencePiece model; fetch it again") from None
+        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
+        self.ordinary = [  # ids that stand for text: no control, unknown, unused or byte pieces
+            i for i in range(self.vocab_size)
+            if not (self.sp.IsControl(i) or self.sp.IsUnknown(i) or self.sp.IsUnused(i) or self.sp.IsByte(i))
+        ]  # fmt: skip
+
+    def encode(self, text):
+        """Ids of a text or, in one call, of a list of texts; without BOS and EOS."""
+        return self.sp.encode(text)
+
+    def decode(self, ids):
+        """Text of a list of ids, up to the first EOS."""
+        return self.sp.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids)
+
+
+def train_tokenizer(texts, vocab_size, folder):
+    """Train a SentencePiece BPE with the Llama tokenizer's settings and write it to <folder>/tokenizer.model."""
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line for text in texts for line in text.split("\n")), vocab_size=vocab_size,
+            model_prefix=str(Path(folder) / "tokenizer"), model_type="bpe", byte_fallback=True, split_digits=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.9999,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
+    (Path(folder) / "tokenizer.vocab").unlink()  # a listing for the eye that nothing reads
+    return Tokenizer(folder)
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One prompt with one response. `kind` is "positive" or the name of a class of negatives."""
+
+    id: str
+    source: str
+    target: str
+    prompt: list  # token ids: BOS, template around the source
+    response: list  # token ids: target, EOS
+    label: float = 1.0
+    weight: float = 1.0
+    kind: str = "positive"
+
+
+def encode(examples, tokenizer, template, max_input_tokens=400, max_new_tokens=100, append_eos=True):
+    """Tokenise examples and drop those that are too long.
+
+    max_input_tokens counts BOS, template and source (paper, 4.2); max_new_tokens counts target and EOS: a response
+    that the sampler cannot finish is no example to learn from (choice; it drops none of SAMSum).
+    append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`.
+    Returns (list of Datum, {"kept", "long_input", "long_output"}).
+    """
+    prompts = tokenizer.encode([template.replace("{source}", example.source) for example in examples])
+    targets = tokenizer.encode([example.target for example in examples])
+    kept, counts = [], {"kept": 0, "long_input": 0, "long_output": 0}
+    for example, prompt, target in zip(examples, prompts, targets, strict=True):
+        prompt = [tokenizer.bos, *prompt]
+        long = "long_input" if len(prompt) > max_input_tokens else None
+        long = long or ("long_output" if len(target) + 1 > max_new_tokens else None)
+        counts[long or "kept"] += 1
+        if not long:
+            response = [*target, tokenizer.eos] if append_eos else target
+            kept.append(Datum(example.id, example.source, example.target, prompt, response))
+    return kept, counts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Negatives (paper, 3.2). Each class: (datum, other, tokenizer, limit, rng) -> response ids, or None where it has none.
+# `other` is the datum this one is re-paired with, `limit` the cap on output tokens. A new class is one function here
+# and one line in NEGATIVES.
+
+
+def random_tokens(datum, other, tokenizer, limit, rng):
+    """Uniform over ordinary ids, as long as the true response: length alone gives nothing away."""
+    return [*rng.choices(tokenizer.ordinary, k=len(datum.response) - 1), tokenizer.eos]
+
+
+def mismatched(datum, other, tokenizer, limit, rng):
+    """The true response of another input: fluent, well formed, irrelevant."""
+    return other.response
+
+
+def shuffled(datum, other, tokenizer, limit, rng):
+    """The right words in the wrong order."""
+    words = datum.target.split()
+    if len(set(words)) < 2:
+        return None  # one word, or one word repeated: no other order exists
+    mixed = words
+    while mixed == words:
+        mixed = rng.sample(words, len(words))
+    return [*tokenizer.encode(" ".join(mixed))[: limit - 1], tokenizer.eos]
+
+
+def repetitive(datum, other, tokenizer, limit, rng):
+    """A correct beginning whose last 1 to 8 tokens then repeat, to the cap or to a random length."""
+    target = datum.response[:-1]
+    start = target[: rng.randint(1, len(target))]
+    loop = start[-rng.randint(1, min(8, len(start))) :]
+    length = limit if rng.random() < 0.5 else rng.randint(len(start) + 1, limit)
+    text = start + loop * (limit // len(loop) + 1)
+    return text[:limit] if length == limit else [*text[:length], tokenizer.eos]
+
+
+def copied_input(datum, other, tokenizer, limit, rng):
+    """The input text itself, cut at the cap."""
+    text = tokenizer.encode(datum.source)
+    return text[:limit] if len(text) >= limit else [*text, tokenizer.eos]
+
+
+NEGATIVES = {
+    "random_tokens": random_tokens,
+    "mismatched": mismatched,
+    "shuffled": shuffled,
+    "repetitive": repetitive,
+    "copied_input": copied_input,
+}
+
+
+def with_negatives(data, tokenizer, limit, seed):
+    """The data and, for each datum, one negative of every class: label 0, weight 1/5 (paper, 3.2).
+
+    Returns a list of Datum, a datum followed by its negatives. The same seed makes the same negatives.
+    """
+    partner = derangement([datum.target for datum in data], random.Random(stream_seed(seed, "mismatched")))
+    rows = []
+    for i, datum in enumerate(data):
+        rows.append(datum)
+        for kind, make in NEGATIVES.items():
+            rng = random.Random(stream_seed(seed, "negative", kind, i))
+            response = make(datum, data[partner[i]], tokenizer, limit, rng)
+            if response is not None:
+                rows.append(replace(datum, response=response, label=0.0, weight=1 / len(NEGATIVES), kind=kind))
+    return rows
+
+
+def derangement(texts, rng):
+    """A permutation p with texts[p[i]] != texts[i] for every i, as uniform as swapping clashes away allows.
+
+    Raises ValueError where none can exist: one text alone, or one text that fills more than half of the rows.
+    """
+    N = len(texts)
+    if N == 0 or max(Counter(texts).values()) > N / 2:
+        raise ValueError(
+            f"outputs of {N} examples cannot be re-paired: one text makes up more than half of them; add other examples"
+        )
+    p = rng.sample(range(N), N)
+    for i in range(N):  # a swap never makes a new clash, so one pass over the rows clears them all
+        while texts[p[i]] == texts[i]:
+            j = rng.randrange(N)
+            if texts[p[j]] != texts[i] and texts[p[i]] != texts[j]:
+                p[i], p[j] = p[j], p[i]
+    return p
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: torch.Tensor  # (B, T) long: prompt, response, EOS, padding
+    mask: torch.Tensor  # (B, T) bool: True on the response, EOS included
+    prompt_len: torch.Tensor  # (B,) long
+    ref_len: torch.Tensor  # (B,) long: tokens of the true response, EOS included
+    label: torch.Tensor  # (B,) float: 1 good, 0 bad
+    weight: torch.Tensor  # (B,) float: 1, or 1/5 for a negative
+
+
+def collate(data, device="cpu"):
+    """Lay a list of Datum out as one Batch, padded on the right."""
+    rows = [datum.prompt + datum.response for datum in data]
+    prompt_len = torch.tensor([len(datum.prompt) for datum in data])  # (B,)
+    row_len = torch.tensor([len(row) for row in rows])  # (B,)
+    tokens = torch.zeros(len(rows), int(row_len.max()), dtype=torch.long)  # (B, T); padding is never read
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = torch.tensor(row)
+    column = torch.arange(tokens.shape[1])  # (T,)
+    mask = (column >= prompt_len[:, None]) & (column < row_len[:, None])  # (B, T)
+    label = torch.tensor([datum.label for datum in data])  # (B,)
+    weight = torch.tensor([datum.weight for datum in data])  # (B,)
+    fields = tokens, mask, prompt_len, row_len - prompt_len, label, weight
+    return Batch(*(field.to(device) for field in fields))
+
+
+def batches(lengths, batch_size, seed, epoch, pool=16):
+    """Deal rows into batches of similar length: a list of lists of row numbers, each row exactly once.
+
+    The rows are shuffled, cut into pools of 16 batches, sorted by length inside a pool, cut into batches, and the
+    batches shuffled: little padding, and every row is still equally likely to come at any time. The order is a pure
+    function of (seed, epoch). The last batch may be smaller.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "order", epoch))
+    order = rng.permutation(len(lengths)).tolist()
+    dealt = []
+    for start in range(0, len(order), pool * batch_size):
+        rows = sorted(order[start : start + pool * batch_size], key=lengths.__getitem__)
+        dealt += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [dealt[i] for i in rng.permutation(len(dealt))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The toy: dialogues in which two people make, and often change, a plan. Everything a summary needs stands in the
+# dialogue, half of what stands in the dialogue is not needed, and a later line can overrule an earlier one.
+
+NAMES = (
+    "Amy Ben Carl Dana Eve Finn Gina Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rita Sam Tina Umar Vera Walt Xena Yuri "
+    "Zoe Anna Bob Cleo Dave Emma"
+).split()
+ACTIVITIES = (
+    "play chess|have lunch|watch a movie|go running|study maths|cook dinner|play tennis|paint a picture|have a coffee|"
+    "read poems|practise the piano|fly a kite"
+).split("|")
+PLACES = "park|library|station|office|beach|museum|cafe|school|gym|market|harbour|theatre".split("|")
+TIMES = "at noon|at six|at nine|tonight|tomorrow|on Monday|on Tuesday|on Friday|on Sunday|this evening|next week|at dawn"
+TIMES = TIMES.split("|")
+THINGS = "camera|blanket|guitar|map|cake|ball|lamp|umbrella|notebook|ladder|bicycle|radio".split("|")
+SMALL_TALK = [
+    ("How are you?", "I am fine, thanks."), ("How is work?", "Busy as always."), ("Did you sleep well?", "Not really."),
+    ("What a day!", "Yes, it is so hot."), ("How is your sister?", "She is in Paris now."), ("Any news?", "Not much."),
+]  # fmt: skip
+TOY_SIZES = {"pretrain": 6000, "train": 2100, "validation": 210, "test": 210}
+
+
+def toy(split):
+    """The embedded data set, the same on every machine: `TOY_SIZES[split]` examples.
+
+    "train", "validation" and "test" pair a dialogue with a one-sentence summary. "pretrain" pairs dialogues with what
+    a chat model answers when asked for a summary: "Sure, here is a summary", wordy, at times repeating itself. It
+    makes the base model show the failure modes that the paper's base shows (4.3), so that there is something to cure.
+    """
+    if split not in TOY_SIZES:
+        raise ValueError(f"toy has no split {split!r}; it has {', '.join(TOY_SIZES)}")
+    rng = random.Random(stream_seed(0, "toy", split))
+    examples = []
+    for i in range(TOY_SIZES[split]):
+        plan = toy_plan(rng)
+        target = toy_chatter(plan, rng) if split == "pretrain" else toy_summary(plan)
+        examples.append(Example(f"toy-{split}-{i}", "\n".join(toy_dialogue(plan, rng)), target))
+    return examples
+
+
+def toy_plan(rng):
+    """What happens: who, what, where, when, what changes (None, "time" or "place"), and who brings what."""
+    a, b = rng.sample(NAMES, 2)
+    place, new_place = rng.sample(PLACES, 2)
+    time, new_time = rng.sample(TIMES, 2)
+    change = rng.choice([None, "time", "place"])
+    final = {"place": new_place if change == "place" else place, "time": new_time if change == "time" else time}
+    thing = rng.choice(THINGS) if rng.random() < 0.4 else None
+    return dict(a=a, b=b, activity=rng.choice(ACTIVITIES), place=place, time=time, change=change, thing=thing, **{
+        "new_place": final["place"], "new_time": final["time"], "agreed": rng.random() < 0.85 or change is not None})  # fmt: skip
+
+
+def toy_dialogue(plan, rng):
+    """Two to eight lines, `Name: words`."""
+    a, b = plan["a"], plan["b"]
+    lines = []
+    if rng.random() < 0.3:
+        question, answer = rng.choice(SMALL_TALK)
+        lines += [f"{a}: Hi {b}! {question}", f"{b}: {answer}"]
+    lines += [f"{a}: Shall we {plan['activity']} at the {plan['place']} {plan['time']}?"]
+    if not plan["agreed"]:
+        return lines + [f"{b}: {rng.choice(['Sorry, I have no time.', 'No, I am too tired.', 'I would rather not.'])}"]
+    if plan["change"] == "time":
+        lines += [f"{b}: I am busy then. What about {plan['new_time']}?", f"{a}: That works for me."]
+    elif plan["change"] == "place":
+        lines += [f"{b}: I do not like it there. Better at the {plan['new_place']}.", f"{a}: Fine with me."]
+    else:
+        lines += [f"{b}: {rng.choice(['Yes, gladly!', 'Good idea!', 'Sure, see you there.'])}"]
+    if plan["thing"]:
+        lines += [f"{a}: Can you bring the {plan['thing']}?", f"{b}: Okay, I will."]
+    if rng.random() < 0.2:
+        lines += [f"{a}: See you then!"]
+    return lines
+
+
+def toy_summary(plan):
+    """The reference: one sentence that holds the plan as it stands at the end."""
+    a, b, activity = plan["a"], plan["b"], plan["activity"]
+    if not plan["agreed"]:
+        return f"{b} does not want to {activity} with {a} {plan['time']}."
+    bring = f" and {b} will bring the {plan['thing']}" if plan["thing"] else ""
+    return f"{a} and {b} will {activity} at the {plan['new_place']} {plan['new_time']}{bring}."
+
+
+def toy_chatter(plan, rng):
+    """The answer of a chat model that was asked for the summary only."""
+    a, b, activity = plan["a"], plan["b"], plan["activity"]
+    said = [
+        f"In this conversation, {a} and {b} are talking to each other.",
+        f"{a} asks {b} to {activity} at the {plan['place']} {plan['time']}.",
+    ]
+    if not plan["agreed"]:
+        said += [f"{b} says no and does not want to {activity}."]
+    elif plan["change"]:
+        other = f"at the {plan['new_place']}" if plan["change"] == "place" else plan["new_time"]
+        said += [f"{b} would rather meet {other}, and {a} agrees."]
+    else:
+        said += [f"{b} likes the idea and agrees."]
+    if plan["thing"]:
+        said += [f"{a} also asks {b} to bring the {plan['thing']}, and {b} says okay."]
+    said += [rng.choice(["It is a short and friendly conversation.", "They both sound happy about it."])]
+    while rng.random() < 0.25:
+        said += [said[-1]]
+    opening = rng.choice(["Sure, here is a summary of the conversation:\n\n"] * 4 + [""])
+    return opening + " ".join(said)
+
+
+def chatter(examples, words=45):
+    """Chat-like pretraining pairs from any text: the source's first words under a chat model's opening.
+
+    For bases that `pretrain` makes from data other than the toy: it learns the language, to look back at the input,
+    and to be wordy; the references stay unseen, as they must for the base column to be a control.
+    """
+    return [
+        replace(e, target="Sure, here is a summary of the text:\n\n" + " ".join(e.source.split()[:words]))
+        for e in examples
+    ]

@@ -1,0 +1,198 @@
+"""Evaluation: predictions, the paper's metrics, its two clean-up rules, its two tables.
+
+Five columns are judged (paper, 4.3): base, mle and policy as they come, and base and mle after light cleaning.
+ROUGE rewards a long prediction with recall and a short one with precision; the length-adjusted variants take that back
+(paper, 4.1), with n_p and n_g the whitespace words of the prediction and of the ground truth:
+
+    la-recall = recall * min(1, n_g / n_p)        la-precision = precision * min(1, n_p / n_g)
+
+Where ROUGE and whitespace count the same words, both equal matches / max(n_p, n_g), and so does their harmonic mean:
+that is why the paper's three la- rows nearly coincide.
+
+ROUGE: Lin 2004, the rouge-score package, no stemmer. BLEURT: Pu et al. 2021, the bleurt-pytorch package.
+"""
+
+import numpy as np
+
+COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
+ROUGES = ("rouge1", "rouge2", "rougeL")
+PARTS = ("F1", "precision", "recall")
+ROWS = ("bleurt", *(f"{la}{rouge}-{part}" for la in ("la-", "") for rouge in ROUGES for part in PARTS))
+
+# The paper's Tables 1 and 2: SAMSum, then XSum, each with its columns as in COLUMNS.
+PAPER = """
+excess_length       39.2 12.7  2.9 28.9  5.8   44.7 42.0 -1.1 39.6 -1.8
+bleurt              0.51 0.57 0.58 0.54 0.58   0.32 0.37 0.48 0.33 0.49
+la-rouge1-F1        0.21 0.39 0.43 0.25 0.42   0.14 0.18 0.35 0.15 0.36
+la-rouge1-precision 0.21 0.39 0.44 0.25 0.43   0.14 0.18 0.35 0.15 0.36
+la-rouge1-recall    0.21 0.39 0.43 0.25 0.42   0.14 0.18 0.35 0.15 0.36
+la-rouge2-F1        0.08 0.20 0.21 0.10 0.22   0.03 0.07 0.15 0.03 0.15
+la-rouge2-precision 0.08 0.20 0.21 0.10 0.22   0.03 0.06 0.15 0.03 0.15
+la-rouge2-recall    0.08 0.20 0.21 0.10 0.22   0.03 0.07 0.15 0.03 0.15
+la-rougeL-F1        0.16 0.32 0.35 0.19 0.35   0.09 0.13 0.28 0.10 0.29
+la-rougeL-precision 0.16 0.32 0.36 0.20 0.35   0.09 0.13 0.28 0.10 0.29
+la-rougeL-recall    0.16 0.31 0.35 0.19 0.34   0.09 0.13 0.28 0.10 0.29
+rouge1-F1           0.31 0.46 0.50 0.35 0.50   0.21 0.26 0.39 0.22 0.40
+rouge1-precision    0.21 0.43 0.50 0.26 0.49   0.14 0.18 0.41 0.15 0.43
+rouge1-recall       0.65 0.60 0.56 0.63 0.58   0.45 0.54 0.39 0.44 0.39
+rouge2-F1           0.11 0.24 0.24 0.13 0.25   0.05 0.10 0.16 0.05 0.17
+rouge2-precision    0.08 0.22 0.25 0.10 0.25   0.03 0.07 0.17 0.03 0.18
+rouge2-recall       0.25 0.30 0.27 0.25 0.30   0.10 0.21 0.16 0.10 0.16
+rougeL-F1           0.23 0.38 0.41 0.27 0.40   0.14 0.19 0.31 0.15 0.33
+rougeL-precision    0.16 0.35 0.41 0.20 0.40   0.09 0.13 0.33 0.10 0.35
+rougeL-recall       0.50 0.49 0.46 0.49 0.48   0.31 0.40 0.31 0.30 0.32
+"""
+PAPER_DATA = ("samsum", "xsum")
+
+
+def paper_numbers(data):
+    """{metric: {column: number as printed}} of the paper, data "samsum" or "xsum"."""
+    first = PAPER_DATA.index(data) * len(COLUMNS)
+    rows = (line.split() for line in PAPER.strip().splitlines())
+    return {metric: dict(zip(COLUMNS, numbers[first:], strict=False)) for metric, *numbers in rows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def predict(data, sample, batch_size, decode, progress=iter):
+    """One text a Datum, in the order of the data.
+
+    sample: list of prompts -> list of responses. Prompts of like length share a batch, so that little is padded.
+    """
+    order = sorted(range(len(data)), key=lambda i: len(data[i].prompt))
+    texts = [None] * len(data)
+    for start in progress(range(0, len(order), batch_size)):
+        rows = order[start : start + batch_size]
+        for i, response in zip(rows, sample([data[i].prompt for i in rows]), strict=True):
+            texts[i] = decode(response)
+    return texts
+
+
+def clean_base(text):
+    """Without the "Sure, here is a summary" line of a chat model (paper, 4.3)."""
+    text = text.strip()
+    return text.split("\n", 1)[1].strip() if text.startswith("Sure,") and "\n" in text else text
+
+
+def clean_mle(text):
+    """What stands before the first newline (paper, 4.3); stripped first, or a leading newline would leave nothing."""
+    return text.strip().split("\n", 1)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def metrics_by_example(predictions, references):
+    """{metric: array of one number an example}: excess length, ROUGE and length-adjusted ROUGE."""
+    from rouge_score import rouge_scorer  # here, so that a machine that only trains can do without it
+
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; run eval again")
+    scorer = rouge_scorer.RougeScorer(ROUGES, use_stemmer=False)
+    rows = {metric: [] for metric in ("excess_length", *ROWS[1:])}
+    for prediction, reference in zip(predictions, references, strict=True):
+        n_p, n_g = len(prediction.split()), len(reference.split())
+        rows["excess_length"].append(n_p - n_g)
+        for rouge, score in scorer.score(reference, prediction).items():  # rouge-score takes the target first
+            la_precision = score.precision * min(1, n_p / max(n_g, 1))
+            la_recall = score.recall * min(1, n_g / max(n_p, 1))
+            la_f1 = 2 * la_precision * la_recall / ((la_precision + la_recall) or 1)
+            plain = score.fmeasure, score.precision, score.recall
+            for part, value, adjusted in zip(PARTS, plain, (la_f1, la_precision, la_recall), strict=True):
+                rows[f"{rouge}-{part}"].append(value)
+                rows[f"la-{rouge}-{part}"].append(adjusted)
+    return {metric: np.array(values, dtype=float) for metric, values in rows.items()}
+
+
+def metrics(predictions, references):
+    """Mean over examples of every metric but BLEURT, under the paper's row names.
+
+    Example: the reference "a b c d" and the prediction "a b" have rouge1-precision 1, la-rouge1-precision 0.5.
+    """
+    return {metric: float(values.mean()) for metric, values in metrics_by_example(predictions, references).items()}
+
+
+def bleurt(predictions, references, checkpoint, batch_size=16, device="cpu"):
+    """BLEURT of each pair: an array. checkpoint: a folder, or an id to fetch such as "lucadiliello/BLEURT-20".
+
+    Scores of different checkpoints cannot be compared. Pairs are cut at 512 tokens, the encoder's limit.
+    Raises ImportError or OSError where package or weights are missing.
+    """
+    import torch
+    from bleurt_pytorch import BleurtConfig, BleurtForSequenceClassification, BleurtTokenizer
+
+    config = BleurtConfig.from_pretrained(checkpoint)
+    encoder = BleurtForSequenceClassification.from_pretrained(checkpoint, config=config).to(device).eval()
+    tokenizer = BleurtTokenizer.from_pretrained(checkpoint)
+    scores = []
+    for start in range(0, len(predictions), batch_size):
+        pairs = references[start : start + batch_size], predictions[start : start + batch_size]  # reference first
+        inputs = tokenizer(*pairs, padding="longest", truncation=True, max_length=512, return_tensors="pt").to(device)
+        with torch.inference_mode():
+            scores += encoder(**inputs).logits.flatten().tolist()
+    return np.array(scores)
+
+
+def interval(values, seed, resamples=1000):
+    """95 % bootstrap interval of the mean of values (n,): (low, high)."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)  # (resamples,)
+    return tuple(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def auc(positive, negative):
+    """The chance that a positive scores above a negative, ties counted half: the area under the ROC curve.
+
+    Example: auc([3, 2], [1, 2]) -> 0.875.
+    """
+    positive, negative = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
+    return float((positive > negative).mean() + 0.5 * (positive == negative).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def tables(scores, intervals, facts):
+    """Tables 1 and 2 as markdown, ours beside the paper's.
+
+    scores: {column: {metric: mean}}; intervals: {column: {metric: (low, high)}}; facts: {"data", "model", "seed",
+    "commit", "n", "bleurt"}. The paper has SAMSum and XSum; other data stand beside SAMSum, for orientation only.
+    """
+    paper = paper_numbers(facts["data"] if facts["data"] in PAPER_DATA else "samsum")
+    columns = [column for column in COLUMNS if column in scores]
+    header = ["", *(cell for column in columns for cell in (column, "paper"))]
+
+    def row(metric, digits):
+        cells = [metric]
+        for column in columns:
+            ours = "n/a"
+            if metric in scores[column]:
+                low, high = intervals[column][metric]
+                ours = f"{scores[column][metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+            cells += [ours, paper[metric][column]]
+        return cells
+
+    other = "" if facts["data"] in PAPER_DATA else " The paper has no such data: its SAMSum numbers stand beside."
+    return "\n".join([
+        f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
+        f"n = {facts['n']}, ± half the 95 % bootstrap interval.{other}",
+        "\n**Table 1**: extra length relative to ground truth, in words\n",
+        markdown([header, row("excess_length", 1)]),
+        f"\n**Table 2**: evaluation metrics (bleurt: {facts['bleurt']})\n",
+        markdown([header, *(row(metric, 2) for metric in ROWS)]),
+    ])  # fmt: skip
+
+
+def markdown(rows):
+    """A list of rows of strings -> a markdown table whose columns are aligned, to be read on a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * (width - 1) + (":" if i else "-") for i, width in enumerate(widths)]
+    lines = [
+        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

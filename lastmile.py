@@ -1,0 +1,694 @@
+"""lastmile: fine-tune a chat model on your own input-output pairs by reinforcement learning, without human feedback.
+
+    python lastmile.py pretrain   a tiny Llama from scratch                    -> <output-dir>/pretrain
+    python lastmile.py quantize   a dense Llama to 4 bits, by GPTQ             -> <output-dir>/base
+    python lastmile.py reward     a token-level reward model                   -> <output-dir>/reward
+    python lastmile.py mle        the maximum-likelihood control               -> <output-dir>/mle
+    python lastmile.py ppo        policy and value against the reward model    -> <output-dir>/ppo/{policy,value}
+    python lastmile.py eval       predictions and scores of base, mle, policy  -> <output-dir>/eval
+    python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
+    python lastmile.py sample     the summary of one text
+
+This file holds the settings, the command line and four short loops. The way of a batch is the same in all of them:
+
+    load -> encode -> batches -> collate -> llama(tokens, adapter) -> loss -> update -> save
+
+Read on in data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import model
+import ppo
+from eval import COLUMNS, auc, bleurt, clean_base, clean_mle, interval, markdown, metrics_by_example, predict, tables
+
+ROOT = Path(__file__).resolve().parent
+LLAMA2 = "models/Llama-2-7B-Chat-GPTQ"  # where the README says to put the paper's base model
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass a stage. The defaults are the paper's (P, with its section) or ours (choice, with the reason).
+
+
+def opt(default, help, toy=None, least=None, above=None, most=None, choices=None):
+    """A field with its help, its value for the toy data (None: the same), and the range of values it takes."""
+    limits = dict(least=least, above=above, most=most)
+    return field(default=default, metadata=dict(help=help, toy=toy, limits=limits, choices=choices))
+
+
+@dataclass(frozen=True)
+class Common:
+    data: str = opt("toy", "toy, samsum, xsum, a folder with train, validation and test files, or one .csv or .jsonl")
+    model: str = opt("", f"base model folder [<output-dir>/base if there is one, else {LLAMA2}]")
+    output_dir: str = opt("", "the run's folder, a subfolder a stage [runs/<data>]")
+    input_column: str = opt("", "input column of --data [found by name]")
+    target_column: str = opt("", "target column of --data [found by name]")
+    max_input_tokens: int = opt(400, "longer inputs are dropped; counts BOS, template and text (P 4.2)", least=1)
+    max_new_tokens: int = opt(100, "cap on output tokens, EOS counted (P 4.2)", least=1)
+    seed: int = opt(1337, "of data order, negatives, adapters and sampling", least=0)
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    dtype: str = opt("auto", "of the base's activations; auto: bfloat16 on a GPU, float32 on a CPU",
+                     choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+    overwrite: bool = opt(False, "replace the stage's folder if it is already there")
+
+
+@dataclass(frozen=True)
+class Pretrain(Common):
+    vocab_size: int = opt(1024, "pieces of the tokenizer, 256 of them bytes", least=300)
+    hidden_size: int = opt(128, "width C", least=8)
+    intermediate_size: int = opt(352, "width of the MLP, 8/3 C rounded to 32", least=8)
+    num_hidden_layers: int = opt(4, "blocks", least=1)
+    num_attention_heads: int = opt(4, "query heads", least=1)
+    num_key_value_heads: int = opt(4, "key and value heads", least=1)
+    batch_size: int = opt(16, "rows a step", least=1)
+    learning_rate: float = opt(2e-3, "peak, cosine to 0", above=0)
+    warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
+    epochs: int = opt(1, "passes over the data", least=1)
+    max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
+    train_examples: int = opt(0, "examples drawn by seed; 0: all", least=0)
+    max_grad_norm: float = opt(1.0, "gradient norm above which it is scaled down", above=0)
+    log_every: int = opt(10, "steps between updates of the progress line", least=1)
+
+
+@dataclass(frozen=True)
+class Quantize(Common):
+    group_size: int = opt(128, "weights that share a scale; -1: a whole column", toy=32, least=-1)
+    act_order: bool = opt(False, "quantise columns of large activation first: more exact, slower to unpack")
+    damp: float = opt(0.01, "share of the mean Hessian diagonal added to it", above=0)
+    calibration_examples: int = opt(128, "training inputs that calibrate", least=1)
+
+
+@dataclass(frozen=True)
+class Training(Common):
+    batch_size: int = opt(7, "rows a step (P 3.1)", least=1)
+    learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=3e-3, above=0)
+    epochs: int = opt(1, "passes over the data (P 3.1)", least=1)
+    max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
+    train_examples: int = opt(0, "training examples drawn by seed; 0: all, of xsum 15,000 (P 4.2)", least=0)
+    max_grad_norm: float = opt(1.0, "gradient norm above which an adapter's is scaled down (choice: HF's)", above=0)
+    lora_r: int = opt(32, "rank (P 3.1)", least=1)
+    lora_alpha: float = opt(16.0, "the low-rank term is scaled by alpha / r (P 3.1)", above=0)
+    lora_targets: str = opt("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                            "projections that carry adapters (choice: all seven)")  # fmt: skip
+    log_every: int = opt(10, "steps between updates of the progress line (and, in ppo, of the KL to the base)", least=1)
+
+
+@dataclass(frozen=True)
+class Reward(Training):
+    batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
+    lora_r: int = opt(16, "rank (P 3.1)", least=1)
+    eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
+
+
+@dataclass(frozen=True)
+class Mle(Training):
+    eos_in_labels: bool = opt(True, "learn to stop; off reproduces an MLE control that never does (choice: on)")
+
+
+@dataclass(frozen=True)
+class Ppo(Training):
+    gamma: float = opt(0.99999, "discount (P 3.3)", above=0, most=1)
+    lam: float = opt(0.95, "GAE's lambda (P 3.3)", least=0, most=1)
+    clip_range: float = opt(0.2, "epsilon of eq. 3; inert at one update a batch (choice: Schulman's)", above=0)
+    ppo_epochs: int = opt(1, "updates a batch (P 3.3)", least=1)
+    length_penalty: float = opt(2.5, "for each token beyond the reference length (P 3.2)", least=0)
+    ground_truth_fraction: float = opt(0.5, "share of batches that show the ground truth (P 3.3)", least=0, most=1)
+    reward: str = opt("", "reward adapter folder [<output-dir>/reward]")
+    init: str = opt("base", "where the policy starts (P 3.1: base)", choices=("base", "mle"))
+    kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
+    entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
+    whiten: bool = opt(False, "advantages to mean 0, variance 1 a batch (choice: off, the paper names none)")
+    value_clip: float = opt(0.0, "clip the value's change to this; 0: do not (choice: off)", least=0)
+    reward_clamp: float = opt(0.0, "clamp the reward model's score to +- this; 0: do not (choice: off)", least=0)
+
+
+@dataclass(frozen=True)
+class Eval(Common):
+    adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
+    batch_size: int = opt(32, "rows a sampling batch", least=1)
+    test_examples: int = opt(0, "test examples drawn by seed; 0: all, of xsum 3,000 (P 4.2)", least=0)
+    bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to fetch, or none", toy="none")
+
+
+@dataclass(frozen=True)
+class Tables(Common):
+    pass
+
+
+@dataclass(frozen=True)
+class Sample(Common):
+    adapter: str = opt("policy", "who answers: base, mle or policy", choices=("base", "mle", "policy"))
+    temperature: float = opt(0.0, "0: greedy", least=0)
+    top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
+    top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What all stages share
+
+
+@contextmanager
+def stage_folder(settings, stage):
+    """The folder a stage writes to. It bears its final name only once the stage has finished."""
+    final = Path(settings.output_dir) / stage
+    if final.exists() and not settings.overwrite:
+        raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
+    partial = final.with_name(f"{stage}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    facts = asdict(settings) | {"stage": stage, "commit": commit()}
+    # A model's config.json is Hugging Face's, so there the settings lie beside it.
+    write_json(partial / ("settings.json" if stage in ("pretrain", "base") else "config.json"), facts)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def write_json(file, value):
+    Path(file).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def commit():
+    """The commit of this checkout, with a + where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def need(folder, command):
+    """The folder of an earlier stage, or the line that says how to get it."""
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"{folder}: not there yet; run: python lastmile.py {command}")
+    return folder
+
+
+def generator(settings, *stream, device="cpu"):
+    return torch.Generator(device).manual_seed(data.stream_seed(settings.seed, *stream))
+
+
+def open_base(settings):
+    """The frozen base with its tokenizer and prompt template."""
+    if settings.data == "toy" and settings.model == str(Path(settings.output_dir) / "base"):
+        need(settings.model, f"pretrain --output-dir {settings.output_dir}, then quantize; or: make base")
+    llama = model.load(settings.model, settings.device, getattr(torch, settings.dtype))
+    tokenizer = data.Tokenizer(settings.model)
+    if tokenizer.vocab_size > llama.config.vocab_size or tokenizer.eos not in llama.config.eos_token_id:
+        raise ValueError(
+            f"{settings.model}: tokenizer.model ({tokenizer.vocab_size} pieces, EOS {tokenizer.eos}) is not that of "
+            f"config.json ({llama.config.vocab_size}, EOS {llama.config.eos_token_id}); fetch the model again"
+        )
+    return llama, tokenizer, data.load_template(settings.model)
+
+
+def prepare(settings, split, tokenizer, template, examples=0, append_eos=True):
+    """One split as a list of Datum, filtered and, where asked, cut to a number of examples drawn by seed."""
+    loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
+    kept, counts = data.encode(
+        loaded, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens, append_eos
+    )
+    dropped = len(loaded) - len(kept)
+    print(
+        f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
+        f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
+        f"{settings.max_new_tokens}"
+    )
+    if not kept:
+        raise ValueError(f"{settings.data}: no {split} example is short enough; raise --max-input-tokens")
+    if 0 < examples < len(kept):
+        drawn = torch.randperm(len(kept), generator=generator(settings, "examples", split))[:examples]
+        kept = [kept[i] for i in sorted(drawn.tolist())]
+        print(f"{split}: {examples} of them drawn by seed {settings.seed}")
+    return kept
+
+
+def schedule(rows, settings, warmup_steps=0):
+    """Yield (step, total, learning rate, row numbers) of every step: all epochs, or --max-steps."""
+    lengths = [len(datum.prompt) + len(datum.response) for datum in rows]
+    total = settings.max_steps or settings.epochs * math.ceil(len(rows) / settings.batch_size)
+    epochs = (data.batches(lengths, settings.batch_size, settings.seed, epoch) for epoch in itertools.count())
+    for step, index in enumerate(itertools.islice(itertools.chain.from_iterable(epochs), total)):
+        rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        yield step, total, settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / total)), index
+
+
+class Updater:
+    """AdamW over one or more groups of parameters, each with its own gradient clip. No weight decay (choice)."""
+
+    def __init__(self, *groups, max_grad_norm):
+        self.groups, self.max_grad_norm = groups, max_grad_norm
+        for parameter in itertools.chain(*groups):
+            parameter.requires_grad_(True)
+        self.adamw = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0)
+
+    def __call__(self, loss, learning_rate):
+        """One update. Returns the gradient norm before clipping, of the first group."""
+        self.adamw.zero_grad(set_to_none=True)
+        loss.backward()
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in self.groups]
+        if not all(math.isfinite(float(number)) for number in (loss, *norms)):
+            raise FloatingPointError(f"loss {float(loss)}, gradient norms {[float(n) for n in norms]}; no update made")
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        return float(norms[0])
+
+
+class Journal:
+    """metrics.jsonl, one line a step, and a progress bar with the numbers that matter."""
+
+    def __init__(self, folder, stage, settings, shown):
+        self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)
+        self.bar, self.stage, self.shown, self.settings = None, stage, shown, settings
+        self.since, self.tokens = time.perf_counter(), 0
+
+    def write(self, step, total, tokens, **numbers):
+        """tokens: how many real ones, padding apart, went through the model in this step."""
+        self.bar = self.bar or tqdm(total=total, desc=self.stage, unit="step", dynamic_ncols=True)
+        self.file.write(json.dumps({"step": step} | numbers) + "\n")
+        self.tokens += tokens
+        if step % self.settings.log_every == 0 or step == total - 1:
+            shown = {name: f"{numbers[name]:.3g}" for name in self.shown}
+            if self.settings.device == "cuda":
+                shown["tok/s"] = f"{self.tokens / (time.perf_counter() - self.since):.0f}"
+                shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+            self.bar.set_postfix(shown)
+        self.bar.update()
+        if step == total - 1:
+            self.bar.close()
+            self.file.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The base
+
+
+def pretrain(settings):
+    """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
+    with stage_folder(settings, "pretrain") as folder:
+        if settings.data == "toy":
+            examples = data.load("toy", "pretrain")
+        else:
+            examples = data.chatter(data.load(settings.data, "train", settings.input_column, settings.target_column))
+        template = data.SHORT_TEMPLATE
+        texts = [template.replace("{source}", example.source) + " " + example.target for example in examples]
+        tokenizer = data.train_tokenizer(texts, settings.vocab_size, folder)
+        (folder / "template.txt").write_text(template)
+        rows, _ = data.encode(examples, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens)
+        rows = rows[: settings.train_examples or None]
+        rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
+        config = model.LlamaConfig(
+            tokenizer.vocab_size, settings.hidden_size, settings.intermediate_size, settings.num_hidden_layers,
+            settings.num_attention_heads, settings.num_key_value_heads,
+            settings.hidden_size // settings.num_attention_heads, tie_word_embeddings=True,
+            eos_token_id=(tokenizer.eos,),
+        )  # fmt: skip
+        llama = model.initialize(config, generator(settings, "pretrain")).to(settings.device)
+        update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)
+        journal = Journal(folder, "pretrain", settings, ["loss"])
+        for step, total, rate, index in schedule(rows, settings, settings.warmup_steps):
+            batch = data.collate([rows[i] for i in index], settings.device)
+            logp, _ = ppo.token_logp(llama, llama(batch.tokens), batch)
+            loss = ppo.mle_loss(logp, batch.mask)
+            norm = update(loss, rate)
+            journal.write(step, total, batch.mask.sum().item(), loss=loss.item(), grad_norm=norm, learning_rate=rate)
+        model.save(llama, folder)
+
+
+def quantize(settings):
+    """A dense Llama folder to a 4-bit one. Reads --model, by default <output-dir>/pretrain."""
+    with stage_folder(settings, "base") as folder:
+        llama, tokenizer, template = open_base(settings)
+        if llama.config.quantization:
+            raise ValueError(f"{settings.model}: is quantised already; name an fp16 or fp32 model: --model FOLDER")
+        rows = prepare(settings, "train", tokenizer, template, settings.calibration_examples)
+        calibration = [datum.prompt + datum.response for datum in rows]
+        bar = lambda blocks: tqdm(blocks, desc="quantize", unit="block", dynamic_ncols=True)  # noqa: E731
+        described = model.quantize(llama, calibration, settings.group_size, settings.act_order, settings.damp, bar)
+        model.save(llama, folder, described)
+        for name in ("tokenizer.model", "template.txt"):
+            if (Path(settings.model) / name).is_file():
+                shutil.copy(Path(settings.model) / name, folder / name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three trainings
+
+
+def train_reward(settings):
+    """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
+    with stage_folder(settings, "reward") as folder:
+        llama, tokenizer, template = open_base(settings)
+        positives = prepare(settings, "train", tokenizer, template, settings.train_examples)
+        rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
+        targets = settings.lora_targets.split(",")
+        llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, generator(settings, "lora"), "normal")
+        update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
+        journal = Journal(folder, "reward", settings, ["loss", "positive", "negative"])
+        for step, total, rate, index in schedule(rows, settings):
+            batch = data.collate([rows[i] for i in index], settings.device)
+            score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
+            loss = ppo.reward_loss(score, batch)
+            norm = update(loss, rate)
+            good = batch.mask & (batch.label == 1)[:, None]
+            journal.write(
+                step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate,
+                positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
+            )  # fmt: skip
+        report = reward_report(settings, llama, tokenizer, template)
+        write_json(folder / "heldout.json", report)
+        llama.save_adapter("reward", folder, settings.model)
+
+
+def reward_report(settings, llama, tokenizer, template):
+    """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart."""
+    positives = prepare(settings, "validation", tokenizer, template, settings.eval_examples)
+    rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
+    scores = {}
+    for start in range(0, len(rows), 32):
+        batch = data.collate(rows[start : start + 32], settings.device)
+        with torch.inference_mode():
+            score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
+        means = torch.where(batch.mask, score, 0).sum(1) / batch.mask.sum(1)  # (B,)
+        for datum, mean in zip(rows[start : start + 32], means.tolist(), strict=True):
+            scores.setdefault(datum.kind, []).append(mean)
+    report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
+    for kind in data.NEGATIVES:
+        report[kind]["auc"] = auc(scores["positive"], scores[kind])
+    lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
+    print(f"\nheld out, {len(positives)} validation examples:")
+    print(markdown([["class", "mean score", "AUC of positives against it"], *lines]))
+    return report
+
+
+def tokens_of(batch):
+    """Real tokens of a batch, padding apart."""
+    return (batch.prompt_len.sum() + batch.mask.sum()).item()
+
+
+def mean_or_none(x, mask):
+    return ppo.masked_mean(x, mask).item() if mask.any() else float("nan")
+
+
+def train_mle(settings):
+    """The control: maximum likelihood of the ground truth."""
+    with stage_folder(settings, "mle") as folder:
+        llama, tokenizer, template = open_base(settings)
+        rows = prepare(settings, "train", tokenizer, template, settings.train_examples, settings.eos_in_labels)
+        targets = settings.lora_targets.split(",")
+        llama.add_adapter("mle", settings.lora_r, settings.lora_alpha, targets, generator(settings, "lora"))
+        update = Updater(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
+        journal = Journal(folder, "mle", settings, ["loss"])
+        for step, total, rate, index in schedule(rows, settings):
+            batch = data.collate([rows[i] for i in index], settings.device)
+            logp, _ = ppo.token_logp(llama, llama(batch.tokens, "mle"), batch)
+            loss = ppo.mle_loss(logp, batch.mask)
+            norm = update(loss, rate)
+            journal.write(step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate)
+        llama.save_adapter("mle", folder, settings.model)
+
+
+def train_ppo(settings):
+    """Policy and value against the reward model; half of the batches sampled, half ground truth (paper, 3.3)."""
+    with stage_folder(settings, "ppo") as folder:
+        need(settings.reward, f"reward --data {settings.data} --output-dir {settings.output_dir}")
+        llama, tokenizer, template = open_base(settings)
+        rows = prepare(settings, "train", tokenizer, template, settings.train_examples)
+        llama.load_adapter("reward", settings.reward, head=True)
+        targets = settings.lora_targets.split(",")
+        if settings.init == "mle":
+            mle = need(Path(settings.output_dir) / "mle", f"mle --data {settings.data}")
+            llama.load_adapter("policy", mle)
+        else:
+            llama.add_adapter("policy", settings.lora_r, settings.lora_alpha, targets, generator(settings, "policy"))
+        llama.add_adapter(
+            "value", settings.lora_r, settings.lora_alpha, targets, generator(settings, "value"), head="zero"
+        )
+        policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
+        update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
+        journal = Journal(folder, "ppo", settings, ["return", "reward", "length", "explained_variance"])
+        for step, total, rate, index in schedule(rows, settings):
+            batch = data.collate([rows[i] for i in index], settings.device)
+            truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
+            if not truth:
+                draw = generator(settings, "rollout", step, device=settings.device)
+                batch = ppo.rollout(
+                    batch, lambda prompts, draw=draw: model.sample(
+                        llama, prompts, "policy", settings.max_new_tokens, generator=draw
+                    ),
+                )  # fmt: skip
+            numbers = ppo_updates(settings, llama, batch, update, rate, logged=step % settings.log_every == 0)
+            journal.write(step, total, tokens_of(batch), ground_truth=truth, learning_rate=rate, **numbers)
+        llama.save_adapter("policy", folder / "policy", settings.model)
+        llama.save_adapter("value", folder / "value", settings.model)
+
+
+def ppo_updates(settings, llama, batch, update, rate, logged):
+    """All updates on one batch, one by default. Returns the numbers of the last."""
+    traj = None
+    for _ in range(settings.ppo_epochs):
+        logp, entropy, value, score = ppo.actor_critic(llama, batch, with_reward=traj is None)
+        if traj is None:
+            numbers = {}
+            kl = None
+            if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
+                with torch.inference_mode():
+                    base, _ = ppo.token_logp(llama, llama(batch.tokens), batch)
+                difference = logp.detach() - base
+                numbers["kl"] = ppo.masked_mean(difference, batch.mask).item()
+                kl = settings.kl_coef * difference if settings.kl_coef else None
+            traj = ppo.trajectory(
+                batch, logp, value, score, settings.gamma, settings.lam, settings.length_penalty,
+                settings.reward_clamp, kl, settings.whiten,
+            )  # fmt: skip
+        policy_loss = ppo.policy_loss(logp, traj, settings.clip_range)
+        value_loss = ppo.value_loss(value, traj, settings.value_clip)
+        loss = policy_loss + value_loss
+        if settings.entropy_coef:
+            loss = loss - settings.entropy_coef * ppo.masked_mean(entropy, batch.mask)
+        norm = update(loss, rate)
+    statistics = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
+    return statistics | numbers | dict(policy_loss=policy_loss.item(), value_loss=value_loss.item(), grad_norm=norm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judgement
+
+
+def load_answerer(settings, llama, name):
+    """Load the adapter that answers under a column's name. Returns the adapter argument of forward."""
+    if name == "base":
+        return None
+    stage, folder = {"mle": ("mle", "mle"), "policy": ("ppo", "ppo/policy")}[name]
+    folder = need(Path(settings.output_dir) / folder, f"{stage} --data {settings.data} --output-dir {settings.output_dir}")
+    llama.load_adapter(name, folder)
+    return name
+
+
+def evaluate(settings):
+    """Greedy predictions on the test split and their scores, for base, mle and policy, raw and cleaned."""
+    names = settings.adapters.split(",")
+    if not set(names) <= {"base", "mle", "policy"}:
+        raise ValueError(f"--adapters {settings.adapters}: choose among base, mle and policy")
+    with stage_folder(settings, "eval") as folder:
+        llama, tokenizer, template = open_base(settings)
+        adapters = {name: load_answerer(settings, llama, name) for name in names}
+        rows = prepare(settings, "test", tokenizer, template, settings.test_examples)
+        references = [datum.target for datum in rows]
+        columns = {}
+        for name, adapter in adapters.items():
+            bar = lambda steps, name=name: tqdm(steps, desc=f"eval {name}", unit="batch", dynamic_ncols=True)  # noqa: E731
+            answer = lambda prompts, adapter=adapter: model.sample(  # noqa: E731
+                llama, prompts, adapter, settings.max_new_tokens, temperature=0
+            )
+            columns[name] = predict(rows, answer, settings.batch_size, tokenizer.decode, bar)
+            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for datum, text in zip(rows, columns[name], strict=True):
+                    line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for name, clean in (("base", clean_base), ("mle", clean_mle)):
+            if name in columns:
+                columns[f"{name} cleaned"] = [clean(text) for text in columns[name]]
+        examples = {name: metrics_by_example(columns[name], references) for name in COLUMNS if name in columns}
+        note = add_bleurt(settings, examples, columns, references)
+        write_json(folder / "scores.json", {
+            name: {metric: float(values.mean()) for metric, values in found.items()} for name, found in examples.items()
+        })  # fmt: skip
+        write_json(folder / "intervals.json", {
+            name: {metric: interval(values, settings.seed) for metric, values in found.items()}
+            for name, found in examples.items()
+        })  # fmt: skip
+        facts = {"data": settings.data, "model": settings.model, "seed": settings.seed, "commit": commit(),
+                 "n": len(rows), "bleurt": note}  # fmt: skip
+        write_json(folder / "facts.json", facts)
+    print(f"\n{rows[0].source}\n\nreference: {references[0]}")
+    for name in names:
+        print(f"{name}: {columns[name][0]}")
+
+
+def add_bleurt(settings, examples, columns, references):
+    """Add BLEURT to the metrics of every column; where that cannot be had, say why and go on. Returns the note."""
+    if settings.bleurt == "none":
+        return "not computed, --bleurt none"
+    try:
+        for name, found in examples.items():
+            found["bleurt"] = bleurt(columns[name], references, settings.bleurt, device=settings.device)
+    except (ImportError, OSError) as error:
+        for found in examples.values():
+            found.pop("bleurt", None)
+        reason = str(error).strip().splitlines()[0]
+        print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
+        return f"not computed, {settings.bleurt} could not be loaded"
+    return Path(settings.bleurt).name
+
+
+def show_tables(settings):
+    folder = Path(settings.output_dir) / "eval"
+    need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
+    text = tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
+    (folder / "tables.md").write_text(text + "\n")
+    print(text)
+    print(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
+
+
+def answer(settings, text):
+    """Print the output for one input."""
+    text = text if text is not None else sys.stdin.read()
+    if not text.strip():
+        raise ValueError("no text to summarise; give it as an argument or on standard input")
+    llama, tokenizer, template = open_base(settings)
+    adapter = load_answerer(settings, llama, settings.adapter)
+    prompt = [tokenizer.bos, *tokenizer.encode(template.replace("{source}", text.strip()))]
+    draw = generator(settings, "sample", device=settings.device)
+    response = model.sample(
+        llama, [prompt], adapter, settings.max_new_tokens, settings.temperature, draw, settings.top_k, settings.top_p
+    )
+    print(tokenizer.decode(response[0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+COMMANDS = {  # name: (settings, function, one line)
+    "pretrain": (Pretrain, pretrain, "a tiny Llama from scratch on --data, tokenizer included"),
+    "quantize": (Quantize, quantize, "any fp16 or fp32 Llama folder to 4 bits by GPTQ"),
+    "reward": (Reward, train_reward, "the token-level reward model (paper, 3.2)"),
+    "mle": (Mle, train_mle, "the maximum-likelihood control (paper, 3.4)"),
+    "ppo": (Ppo, train_ppo, "policy and value by PPO (paper, 3.3)"),
+    "eval": (Eval, evaluate, "predictions and scores of base, mle and policy"),
+    "tables": (Tables, show_tables, "the paper's Tables 1 and 2, ours beside the paper's"),
+    "sample": (Sample, answer, "the summary of a text, given as an argument or on standard input"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the whole usage
+        self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
+
+
+def checked(kind, limits):
+    """A converter for argparse that refuses what is not a finite number within the limits."""
+
+    def convert(text):
+        value = kind(text)
+        low, above, high = limits["least"], limits["above"], limits["most"]
+        wanted = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
+        wanted += [f"at most {high}"] * (high is not None)
+        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not (math.isfinite(value) and inside):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be finite, {' and '.join(wanted)}")
+        return value
+
+    convert.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: "invalid whole number value: 'x'"
+    return convert
+
+
+def parse(arguments):
+    """(command, settings, text): what the command line says, and for the rest the toy's or the paper's defaults."""
+    parser = Parser(prog="lastmile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for name, (settings, _, line) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=line, description=line, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        if name == "sample":
+            command.add_argument("text", nargs="?", help="the text [standard input]")
+        for f in fields(settings):
+            help, toy = f.metadata["help"], f.metadata["toy"]
+            if f.default != "":
+                help += f" [{f.default}{'' if toy is None else f'; toy: {toy}'}]"
+            help = help.replace("%", "%%")
+            flag = "--" + f.name.replace("_", "-")
+            if f.type is bool:
+                command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+            else:
+                kind = str if f.type is str else checked(f.type, f.metadata["limits"])
+                command.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help, metavar="X")
+    dashed = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in arguments]
+    given = vars(parser.parse_args(dashed))
+    command, text = given.pop("command"), given.pop("text", None)
+    return command, resolve(command, given), text
+
+
+def resolve(command, given):
+    """Settings from the flags that were given; what depends on the data, the run's folder or the machine is filled in."""
+    settings = COMMANDS[command][0]
+    if given.get("data", "toy") == "toy":
+        given = {f.name: f.metadata["toy"] for f in fields(settings) if f.metadata["toy"] is not None} | given
+    if given.get("data") == "xsum":  # paper, 4.2
+        sizes = {"train_examples": 15000, "test_examples": 3000}
+        given = {name: size for name, size in sizes.items() if name in settings.__dataclass_fields__} | given
+    s = settings(**given)
+    output = Path(s.output_dir or Path("runs") / Path(s.data).stem)
+    base = output / ("pretrain" if command == "quantize" else "base")
+    found = {"output_dir": str(output), "model": s.model or str(base if s.data == "toy" or base.exists() else LLAMA2)}
+    if command == "ppo":
+        found["reward"] = s.reward or str(output / "reward")
+    cuda = torch.cuda.is_available()
+    if s.device.startswith("cuda") and not cuda:
+        raise ValueError(f"--device {s.device}: this machine shows no GPU; use --device cpu")
+    if s.device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {s.device}: choose cpu, cuda or auto")
+    found["device"] = s.device if s.device != "auto" else "cuda" if cuda else "cpu"
+    found["dtype"] = s.dtype if s.dtype != "auto" else "bfloat16" if found["device"] == "cuda" else "float32"
+    return replace(s, **found)
+
+
+def raised_here(error):
+    """Whether a line of this project raised the error: then its message is for the user, else it is a bug's."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == ROOT
+
+
+def main(arguments=None):
+    try:
+        command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
+        run = COMMANDS[command][1]
+        run(settings, text) if command == "sample" else run(settings)
+    except FloatingPointError as error:
+        print(f"lastmile.py: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
+        if os.environ.get("LASTMILE_TRACEBACK") or not (isinstance(error, OSError) or raised_here(error)):
+            raise
+        print(f"lastmile.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

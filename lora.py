@@ -1,0 +1,150 @@
+"""LoRA: many small trainable adapters over one frozen base.
+
+    y = x W + (alpha / r) (x A^T) B^T        A (R, K), B (N, R), B = 0 at the start: an untrained adapter changes nothing
+
+Each adapter has a name, and the name is an ARGUMENT of forward, never a setting of the module: backward passes that
+recompute a forward would otherwise use whichever adapter is set by then, and the gradient would be silently wrong.
+
+The argument `adapter` is one of
+    None                                     the base alone
+    "policy"                                 every row of the batch under one adapter
+    (("policy", 7), ("value", 7))            rows 0-6 under one, rows 7-13 under another: the base product, by far the
+                                             largest part of the work, is done once for all of them
+
+Adapters are saved in PEFT's file format, so `peft.PeftModel.from_pretrained` opens what is written here.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685.
+Dimensions: B batch, T time, K input width, N output width, R rank.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
+
+
+class LoRALinear(nn.Module):
+    """Any frozen linear layer, dense or 4-bit, with any number of named adapters. fp32 masters whatever the base."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()  # name -> (R, K), name -> (N, R)
+        self.scaling = {}  # name -> alpha / r
+
+    def add(self, name, r, alpha, generator):
+        """A new adapter: A uniform in +-1/sqrt(K) as in PEFT, B zero."""
+        K, N = self.base.in_features, self.base.out_features
+        bound = 1 / math.sqrt(K)
+        A = torch.empty(r, K).uniform_(-bound, bound, generator=generator)
+        device = next(t.device for t in (*self.base.parameters(), *self.base.buffers()))
+        self.lora_A[name] = nn.Parameter(A.to(device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(N, r, device=device))
+        self.scaling[name] = alpha / r
+
+    def delta(self, x, name):
+        A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+        return F.linear(F.linear(x, A), B) * self.scaling[name]  # (…, N)
+
+    def forward(self, x, adapter=None):  # (B, T, K) -> (B, T, N)
+        y = self.base(x)
+        if adapter is None or not self.lora_A:
+            return y
+        if isinstance(adapter, str):
+            return y + self.delta(x, adapter) if adapter in self.lora_A else y
+        parts = zip(adapter, x.split([rows for _, rows in adapter]), y.split([rows for _, rows in adapter]), strict=True)
+        return torch.cat([y + self.delta(x, name) if name in self.lora_A else y for (name, _), x, y in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters over a whole model: `module` is any tree that holds LoRALinear
+
+
+def add_adapter(module, name, r, alpha, targets, generator):
+    """Add adapter `name` to every LoRALinear whose last name part is in targets, for example ["q_proj", "v_proj"]."""
+    chosen = [layer for path, layer in lora_layers(module) if path.rpartition(".")[2] in targets]
+    missing = set(targets) - {path.rpartition(".")[2] for path, _ in lora_layers(module)}
+    if missing or not chosen:
+        raise ValueError(f"--lora-targets {','.join(sorted(missing))}: no such projection in this model")
+    for layer in chosen:
+        layer.add(name, r, alpha, generator)
+
+
+def lora_layers(module):
+    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, LoRALinear)]
+
+
+def adapter_parameters(module, name):
+    """{path of the layer + ".lora_A" or ".lora_B": parameter} of one adapter."""
+    found = {}
+    for path, layer in lora_layers(module):
+        if name in layer.lora_A:
+            found[f"{path}.lora_A"], found[f"{path}.lora_B"] = layer.lora_A[name], layer.lora_B[name]
+    return found
+
+
+def save_adapter(module, name, folder, base_name, head=None):
+    """Write adapter_config.json and adapter_model.safetensors, fp32, with PEFT's names.
+
+    head: (1, C) parameter of a scalar head, saved as `score` of a SEQ_CLS adapter; None for a language model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
+    layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
+    r = layers[0][1].lora_A[name].shape[0]
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "r": r,
+        "lora_alpha": round(layers[0][1].scaling[name] * r, 6), "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({path.rpartition(".")[2] for path, _ in layers}),
+        "modules_to_save": None if head is None else ["score"], "base_model_name_or_path": str(base_name),
+        "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
+    if head is not None:
+        tensors[f"{PREFIX}score.weight"] = head
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(module, name, folder):
+    """Add the adapter saved in a folder, under the given name. Returns its head's weight (1, C), or None.
+
+    The keys must be exactly those that the config promises for this model: a file that fits in part would leave
+    layers silently unadapted. Raises FileNotFoundError or ValueError with the file and what is wrong.
+    """
+    folder = Path(folder)
+    file = folder / "adapter_model.safetensors"
+    for needed in (folder / "adapter_config.json", file):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed}: no such file; {folder} is not an adapter folder")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
+        tensors = load_file(file)
+    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
+    for flag in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+        if config.get(flag):
+            raise ValueError(f"{folder}/adapter_config.json: {flag}={config[flag]} changes the maths; not supported")
+    add_adapter(module, name, r, alpha, targets, torch.Generator())
+    head = tensors.pop(f"{PREFIX}score.weight", None)
+    parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
+    wrong = set(tensors) ^ set(parameters)
+    wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
+    if wrong:
+        raise ValueError(
+            f"{file}: {len(wrong)} tensors are missing, extra or of another shape than this base needs, "
+            f"first {min(wrong)}; was it trained on another model?"
+        )
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(tensors[key])
+    return head

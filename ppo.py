@@ -1,0 +1,227 @@
+"""PPO on tokens: equations 1 to 4 of the paper, the trajectory they work on, and the losses of all stages.
+
+An output token is an action, the tokens before it are the state. Column t of every (B, T) tensor belongs to token t:
+
+    tokens    … prompt  p  | a    b    EOS |  pad
+    logp                   | log pi(a|p) …  |        read at the hidden state of token t - 1, before the action
+    value                  | V(p) …         |        read there too: the state before the action
+    reward                 | r(p a) …       |        read at token t itself: the state after the action
+    adv, ret               | eq. 2, eq. 4   |        the next state's value stands in the next column
+
+The paper counts states from s_0, the prompt: its r_{t'+1} and V(s_{t'}) are `reward` and `value` of the same column
+here, V(s_{t'+1}) is the next column's value. Beyond the response all is 0, which makes V(s_T) = 0 after the last token,
+be it EOS or the cap. Everything is fp32; what lies outside the mask changes nothing.
+
+The functions take the model and the sampler as arguments: this file knows tensors, not networks.
+
+Solway 2024, arXiv 2408.16753, section 3.3. PPO: Schulman et al. 2017, arXiv 1707.06347. GAE: arXiv 1506.02438.
+Dimensions: B batch, T time, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from data import Datum, collate
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What one PPO update learns from; all (B, T), all constants: no gradient flows into them."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor  # bool: True on the response, EOS included
+    logp_old: torch.Tensor
+    value: torch.Tensor
+    reward: torch.Tensor
+    adv: torch.Tensor
+    ret: torch.Tensor
+
+
+def masked_mean(x, mask):
+    """Mean of x over mask: every token weighs the same, in short rows and in long ones."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+
+def ratio(logp, logp_old):
+    """Equation 1: w = pi_theta(a|s) / pi_theta_old(a|s)."""
+    return torch.exp(logp - logp_old)
+
+
+def gae(reward, value, mask, gamma, lam):
+    """Equation 2, generalised advantages: A_t = delta_t + gamma lam A_{t+1}, delta_t = r + gamma V(next) - V.
+
+    reward, value (B, T) float, mask (B, T) bool; returns (B, T), 0 outside the mask.
+    Example: gamma = lam = 1, reward [1, 1], value [0.5, 0.25] -> adv [1.5, 0.75] = return - value.
+    """
+    reward, value = torch.where(mask, reward, 0), torch.where(mask, value, 0)
+    adv = torch.zeros_like(reward)
+    next_adv = next_value = torch.zeros_like(reward[:, 0])  # (B,)
+    for t in range(reward.shape[1] - 1, -1, -1):
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        next_adv = torch.where(mask[:, t], delta + gamma * lam * next_adv, 0)
+        next_value = value[:, t]
+        adv[:, t] = next_adv
+    return adv
+
+
+def policy_loss(logp, traj, clip_eps):
+    """Equation 3, to be minimised: minus the clipped objective, mean over all response tokens of the batch."""
+    w = ratio(logp, traj.logp_old)
+    objective = torch.minimum(w * traj.adv, w.clamp(1 - clip_eps, 1 + clip_eps) * traj.adv)
+    return -masked_mean(objective, traj.mask)
+
+
+def returns(reward, mask, gamma):
+    """Equation 4, the value target: the Monte-Carlo return, NOT advantage + value as in almost every public PPO.
+
+    (B, T) -> (B, T). It is GAE with lam = 1 and no values. Example: gamma 1, reward [1, 2, 3] -> [6, 5, 3].
+    """
+    return gae(reward, torch.zeros_like(reward), mask, gamma, 1.0)
+
+
+def value_loss(value, traj, value_clip=0.0):
+    """Squared error to the return, mean over response tokens. value_clip > 0: as in the PPO implementation of OpenAI."""
+    error = (value - traj.ret).square()
+    if value_clip > 0:
+        near = traj.value + (value - traj.value).clamp(-value_clip, value_clip)
+        error = torch.maximum(error, (near - traj.ret).square())
+    return masked_mean(error, traj.mask)
+
+
+def length_penalty(batch, penalty):
+    """-penalty on every response token beyond the length of the reference, EOS counted (paper, 3.2): (B, T)."""
+    column = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)  # (T,)
+    late = column >= (batch.prompt_len + batch.ref_len)[:, None]  # (B, T)
+    return -penalty * (late & batch.mask).float()
+
+
+def whiten(adv, mask):
+    """Advantages with mean 0 and variance 1 over the response tokens (not in the paper: --whiten)."""
+    mean = masked_mean(adv, mask)
+    variance = masked_mean((adv - mean).square(), mask)
+    return torch.where(mask, (adv - mean) * torch.rsqrt(variance + 1e-8), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses of the other two stages
+
+
+def reward_loss(score, batch):
+    """Weighted squared error of the token scores (B, T) to the label (paper, 3.2).
+
+    A datum's loss is the mean over its response tokens, so that long negatives do not drown short ones; the batch's is
+    sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
+    """
+    error = torch.where(batch.mask, (score - batch.label[:, None]).square(), 0)  # (B, T)
+    datum = error.sum(1) / batch.mask.sum(1)  # (B,)
+    return (batch.weight * datum).sum() / batch.weight.sum()
+
+
+def mle_loss(logp, mask):
+    """Cross entropy of the response tokens, logp (B, T)."""
+    return -masked_mean(logp, mask)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From hidden states to columns
+
+
+def before(h, mask):
+    """The hidden states from which the response tokens were chosen: (B, T, C) -> (n, C), n response tokens."""
+    return h[:, :-1][mask[:, 1:]]
+
+
+def fill(mask, flat):
+    """(n,) values of the response tokens -> (B, T), 0 elsewhere; differentiable."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+
+
+def token_logp(llama, h, batch):
+    """log pi of the response tokens, and the entropy of the distributions they were drawn from: two (B, T).
+
+    Logits are made for response tokens only, not for the prompt.
+    """
+    logp = torch.log_softmax(llama.logits(before(h, batch.mask)), dim=-1)  # (n, V)
+    chosen = logp.gather(1, batch.tokens[batch.mask][:, None]).squeeze(1)  # (n,)
+    entropy = -(logp.exp() * logp).sum(1)  # (n,)
+    return fill(batch.mask, chosen), fill(batch.mask, entropy)
+
+
+def actor_critic(llama, batch, with_reward=True):
+    """Policy, value and reward in ONE pass: their rows stand under one another over the shared base.
+
+    The three adapters differ, the base does not: each of its products (and each dequantisation) is done once for all.
+    Returns logp, entropy, value and, with_reward, the reward model's score, else None; all (B, T).
+    """
+    B = len(batch.tokens)
+    names = ("policy", "value", "reward") if with_reward else ("policy", "value")
+    h = llama(batch.tokens.repeat(len(names), 1), adapter=tuple((name, B) for name in names))  # (3B, T, C)
+    h = dict(zip(names, h.split(B), strict=True))  # each (B, T, C)
+    logp, entropy = token_logp(llama, h["policy"], batch)
+    value = fill(batch.mask, llama.scalar(before(h["value"], batch.mask), "value"))
+    score = llama.scalar(h["reward"], "reward").detach() * batch.mask if with_reward else None
+    return logp, entropy, value, score
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+def rollout(batch, sample):
+    """The batch with its responses replaced by sampled ones; prompts and reference lengths stay.
+
+    sample: list of prompts -> list of responses, in token ids. Batch -> Batch, so that "half sampled, half ground
+    truth" (paper, 3.3) is one `if`.
+    """
+    prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_len.tolist(), strict=True)]
+    data = [Datum("", "", "", p, r) for p, r in zip(prompts, sample(prompts), strict=True)]
+    return replace(collate(data, batch.tokens.device), ref_len=batch.ref_len, label=batch.label, weight=batch.weight)
+
+
+def is_ground_truth(step, fraction):
+    """Whether outer batch `step` shows the ground truth: evenly spread, 1/2 alternates sampled, truth, sampled, …"""
+    return int((step + 1) * fraction) > int(step * fraction)
+
+
+def trajectory(batch, logp, value, score, gamma, lam, penalty, reward_clamp=0.0, kl=None, whitened=False):
+    """Rewards, advantages and returns of one batch, from the first pass over it: a Trajectory.
+
+    reward_clamp > 0 keeps the score in [-c, c]; kl (B, T) is a cost added to each token, already scaled.
+    """
+    with torch.no_grad():
+        reward = score.clamp(-reward_clamp, reward_clamp) if reward_clamp > 0 else score
+        reward = reward + length_penalty(batch, penalty)
+        if kl is not None:
+            reward = reward - kl
+        adv = gae(reward, value.detach(), batch.mask, gamma, lam)
+        ret = returns(reward, batch.mask, gamma)
+        adv = whiten(adv, batch.mask) if whitened else adv
+    return Trajectory(batch.tokens, batch.mask, logp.detach(), value.detach(), reward, adv, ret)
+
+
+def statistics(traj, batch, logp, value, entropy, clip_eps, eos):
+    """The numbers of one update, as a dict of floats; the README's glossary explains each. eos: the ids that end."""
+    mask, n = traj.mask, traj.mask.sum()
+    w = ratio(logp.detach(), traj.logp_old)
+    length = mask.sum(1)  # (B,)
+    unexplained = masked_mean((traj.ret - value.detach()).square(), mask)
+    spread = masked_mean((traj.ret - masked_mean(traj.ret, mask)).square(), mask)
+    last = batch.tokens.gather(1, (batch.prompt_len + length - 1)[:, None]).squeeze(1)  # (B,)
+    return {
+        "return": (traj.reward * mask).sum().item() / len(mask),
+        "reward": masked_mean(traj.reward, mask).item(),
+        "advantage": masked_mean(traj.adv, mask).item(),
+        "ratio": masked_mean(w, mask).item(),
+        "ratio_max": torch.where(mask, w, 1).max().item(),
+        "clip_fraction": masked_mean(((w - 1).abs() > clip_eps).float(), mask).item(),
+        "entropy": masked_mean(entropy.detach(), mask).item(),
+        "explained_variance": (1 - unexplained / spread.clamp(min=1e-8)).item(),
+        "length": n.item() / len(mask),
+        "reference_length": batch.ref_len.float().mean().item(),
+        "no_eos": 1 - torch.isin(last, torch.tensor(eos, device=last.device)).float().mean().item(),
+    }
