@@ -408,7 +408,7 @@ SMALL_TALK = [
     ("How are you?", "I am fine, thanks."), ("How is work?", "Busy as always."), ("Did you sleep well?", "Not really."),
     ("What a day!", "Yes, it is so hot."), ("How is your sister?", "She is in Paris now."), ("Any news?", "Not much."),
 ]  # fmt: skip
-TOY_SIZES = {"pretrain": 6000, "train": 2100, "validation": 210, "test": 210}
+TOY_SIZES = {"pretrain": 6000, "train": 3000, "validation": 300, "test": 300}
 
 
 def toy(split):
@@ -496,7 +496,7 @@ def toy_chatter(plan, rng):
     return opening + " ".join(said)
 
 
-def chatter(examples, words=45):
+def chatter(examples, words=40):
     """Chat-like pretraining pairs from any text: the source's first words under a chat model's opening.
 
     For bases that `pretrain` makes from data other than the toy: it learns the language, to look back at the input,

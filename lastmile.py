@@ -75,8 +75,8 @@ class Pretrain(Common):
     num_hidden_layers: int = opt(4, "blocks", least=1)
     num_attention_heads: int = opt(4, "query heads", least=1)
     num_key_value_heads: int = opt(4, "key and value heads", least=1)
-    batch_size: int = opt(16, "rows a step", least=1)
-    learning_rate: float = opt(2e-3, "peak, cosine to 0", above=0)
+    batch_size: int = opt(8, "rows a step", least=1)
+    learning_rate: float = opt(3e-3, "peak, cosine to 0", above=0)
     warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
     epochs: int = opt(1, "passes over the data", least=1)
     max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
@@ -260,13 +260,13 @@ class Updater:
         """One update. Returns the gradient norm before clipping, of the first group."""
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
-        norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in self.groups]
-        if not all(math.isfinite(float(number)) for number in (loss, *norms)):
-            raise FloatingPointError(f"loss {float(loss)}, gradient norms {[float(n) for n in norms]}; no update made")
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm).item() for group in self.groups]
+        if not all(math.isfinite(number) for number in (loss.item(), *norms)):
+            raise FloatingPointError(f"loss {loss.item()}, gradient norms {norms}: not finite, no update made")
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
-        return float(norms[0])
+        return norms[0]
 
 
 class Journal:
@@ -310,13 +310,13 @@ def pretrain(settings):
         tokenizer = data.train_tokenizer(texts, settings.vocab_size, folder)
         (folder / "template.txt").write_text(template)
         rows, _ = data.encode(examples, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens)
+        print(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
         rows = rows[: settings.train_examples or None]
         rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
         config = model.LlamaConfig(
             tokenizer.vocab_size, settings.hidden_size, settings.intermediate_size, settings.num_hidden_layers,
             settings.num_attention_heads, settings.num_key_value_heads,
-            settings.hidden_size // settings.num_attention_heads, tie_word_embeddings=True,
-            eos_token_id=(tokenizer.eos,),
+            settings.hidden_size // settings.num_attention_heads, eos_token_id=(tokenizer.eos,),
         )  # fmt: skip
         llama = model.initialize(config, generator(settings, "pretrain")).to(settings.device)
         update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)

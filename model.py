@@ -470,11 +470,17 @@ def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, pro
 
 
 def initialize(config, generator):
-    """A dense Llama with fresh weights, ready for pretraining: normal with std 0.02, residual outputs smaller."""
+    """A dense Llama with fresh weights, ready for pretraining.
+
+    Projections: normal, std 1/sqrt(inputs), the two that write to the residual stream smaller by sqrt(2 x blocks).
+    Embeddings: std 1, so that a small model tells its tokens apart from the first step (with the usual 0.02, the toy's
+    base needs twice the steps until it copies names from its input).
+    """
     llama = Llama(config)
     for name, parameter in llama.named_parameters():
         if parameter.dim() == 2:
-            deep = name.endswith(("o_proj.base.weight", "down_proj.base.weight"))
-            std = 0.02 / (2 * config.num_hidden_layers) ** 0.5 if deep else 0.02
+            std = 1.0 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.base.weight", "down_proj.base.weight")):
+                std /= (2 * config.num_hidden_layers) ** 0.5
             nn.init.normal_(parameter, 0, std, generator=generator)
     return llama

@@ -1,0 +1,98 @@
+# Every target is what a reader could type. `make` alone lists them.
+#
+#   make demo                                   the whole paper in miniature, on the embedded toy
+#   make ppo DATA=samsum MODEL=models/Llama-2-7B-Chat-GPTQ FLAGS="--log-every 50"
+#
+# A stage is built when its folder is not there yet; remove the folder to build it again. FLAGS go to the stages named
+# on the command line, not to those that are built on the way.
+
+DATA  ?= toy
+OUT   ?= runs/$(basename $(notdir $(DATA)))
+MODEL ?= $(if $(filter toy,$(DATA)),$(OUT)/base)
+FLAGS ?=
+PYTHON ?= python3
+
+PY  = .venv/bin/python
+RUN = $(PY) lastmile.py
+HOW = --data $(DATA) --output-dir $(OUT) $(if $(MODEL),--model $(MODEL)) $(call flags,$(1))
+flags = $(if $(filter $(1),$(MAKECMDGOALS)),$(FLAGS))
+
+# Only the toy's base is made here; for other data the base is a model you name.
+BASE = $(if $(filter toy,$(DATA)),$(OUT)/base/model.safetensors)
+
+help:     ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
+
+demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables on the toy: under 8 minutes on 2 cores
+	@$(MAKE) --no-print-directory tables DATA=toy
+
+test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
+test: .venv/dev
+	$(PY) -m pytest
+
+lint:     ## ruff
+lint: .venv/dev
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stages. Each depends on the files of those before it.
+
+base:     ## a tiny 4-bit Llama, pretrained and quantised from scratch
+base: $(OUT)/base/model.safetensors
+
+reward:   ## the reward model
+reward: $(OUT)/reward/adapter_model.safetensors
+
+mle:      ## the maximum-likelihood control
+mle: $(OUT)/mle/adapter_model.safetensors
+
+ppo:      ## policy and value; builds base and reward first
+ppo: $(OUT)/ppo/policy/adapter_model.safetensors
+
+eval:     ## predictions and scores of base, mle and policy; builds what is missing
+eval: $(OUT)/eval/scores.json
+
+tables:   ## the paper's two tables, ours beside the paper's
+tables: $(OUT)/eval/scores.json
+	@$(RUN) tables --data $(DATA) --output-dir $(OUT)
+
+$(OUT)/pretrain/model.safetensors: | .venv/run
+	$(RUN) pretrain --data $(DATA) --output-dir $(OUT) $(call flags,base)
+
+$(OUT)/base/model.safetensors: $(OUT)/pretrain/model.safetensors | .venv/run
+	$(RUN) quantize --data $(DATA) --output-dir $(OUT)
+
+$(OUT)/reward/adapter_model.safetensors: $(BASE) | .venv/run
+	$(RUN) reward $(call HOW,reward)
+
+$(OUT)/mle/adapter_model.safetensors: $(BASE) | .venv/run
+	$(RUN) mle $(call HOW,mle)
+
+$(OUT)/ppo/policy/adapter_model.safetensors: $(BASE) $(OUT)/reward/adapter_model.safetensors | .venv/run
+	$(RUN) ppo $(call HOW,ppo)
+
+$(OUT)/eval/scores.json: $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/adapter_model.safetensors | .venv/run
+	$(RUN) eval $(call HOW,eval)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set-up and housekeeping
+
+setup:    ## the virtual environment with everything that training and testing need
+setup: .venv/dev
+
+.venv/run: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check setuptools .
+	touch $@
+
+.venv/dev: .venv/run
+	$(PY) -m pip install --quiet --disable-pip-version-check '.[dev]'
+	touch $@
+
+loc:      ## lines of the engine
+	@wc -l data.py quant.py lora.py model.py ppo.py eval.py lastmile.py
+
+clean:    ## remove the virtual environment and caches; runs stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+.PHONY: help demo test lint base reward mle ppo eval tables setup loc clean
