@@ -392,18 +392,27 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
 # The toy: dialogues in which two people make, and often change, a plan. Everything a summary needs stands in the
 # dialogue, half of what stands in the dialogue is not needed, and a later line can overrule an earlier one.
 
-NAMES = (
-    "Amy Ben Carl Dana Eve Finn Gina Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rita Sam Tina Umar Vera Walt Xena Yuri "
-    "Zoe Anna Bob Cleo Dave Emma"
-).split()
-ACTIVITIES = (
-    "play chess|have lunch|watch a movie|go running|study maths|cook dinner|play tennis|paint a picture|have a coffee|"
-    "read poems|practise the piano|fly a kite"
-).split("|")
-PLACES = "park|library|station|office|beach|museum|cafe|school|gym|market|harbour|theatre".split("|")
-TIMES = "at noon|at six|at nine|tonight|tomorrow|on Monday|on Tuesday|on Friday|on Sunday|this evening|next week|at dawn"
-TIMES = TIMES.split("|")
-THINGS = "camera|blanket|guitar|map|cake|ball|lamp|umbrella|notebook|ladder|bicycle|radio".split("|")
+NAMES = [
+    "Amy", "Ben", "Carl", "Dana", "Eve", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mia", "Noah", "Olga",
+    "Paul", "Rita", "Sam", "Tina", "Umar", "Vera", "Walt", "Xena", "Yuri", "Zoe", "Anna", "Bob", "Cleo", "Dave",
+    "Emma",
+]  # fmt: skip
+ACTIVITIES = [
+    "play chess", "have lunch", "watch a movie", "go running", "study maths", "cook dinner", "play tennis",
+    "paint a picture", "have a coffee", "read poems", "practise the piano", "fly a kite",
+]  # fmt: skip
+PLACES = [
+    "park", "library", "station", "office", "beach", "museum", "cafe", "school", "gym", "market", "harbour",
+    "theatre",
+]  # fmt: skip
+TIMES = [
+    "at noon", "at six", "at nine", "tonight", "tomorrow", "on Monday", "on Tuesday", "on Friday", "on Sunday",
+    "this evening", "next week", "at dawn",
+]  # fmt: skip
+THINGS = [
+    "camera", "blanket", "guitar", "map", "cake", "ball", "lamp", "umbrella", "notebook", "ladder", "bicycle",
+    "radio",
+]  # fmt: skip
 SMALL_TALK = [
     ("How are you?", "I am fine, thanks."), ("How is work?", "Busy as always."), ("Did you sleep well?", "Not really."),
     ("What a day!", "Yes, it is so hot."), ("How is your sister?", "She is in Paris now."), ("Any news?", "Not much."),
@@ -432,13 +441,15 @@ def toy(split):
 def toy_plan(rng):
     """What happens: who, what, where, when, what changes (None, "time" or "place"), and who brings what."""
     a, b = rng.sample(NAMES, 2)
-    place, new_place = rng.sample(PLACES, 2)
-    time, new_time = rng.sample(TIMES, 2)
+    place, other_place = rng.sample(PLACES, 2)
+    time, other_time = rng.sample(TIMES, 2)
     change = rng.choice([None, "time", "place"])
-    final = {"place": new_place if change == "place" else place, "time": new_time if change == "time" else time}
-    thing = rng.choice(THINGS) if rng.random() < 0.4 else None
-    return dict(a=a, b=b, activity=rng.choice(ACTIVITIES), place=place, time=time, change=change, thing=thing, **{
-        "new_place": final["place"], "new_time": final["time"], "agreed": rng.random() < 0.85 or change is not None})  # fmt: skip
+    return {
+        "a": a, "b": b, "activity": rng.choice(ACTIVITIES), "place": place, "time": time, "change": change,
+        "new_place": other_place if change == "place" else place, "new_time": other_time if change == "time" else time,
+        "thing": rng.choice(THINGS) if rng.random() < 0.4 else None,
+        "agreed": change is not None or rng.random() < 0.85,
+    }  # fmt: skip
 
 
 def toy_dialogue(plan, rng):

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -169,12 +169,18 @@ def stage_folder(settings, stage):
     if final.exists() and not settings.overwrite:
         raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
     partial = final.with_name(f"{stage}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     partial.mkdir(parents=True)
-    yield partial
-    facts = asdict(settings) | {"stage": stage, "commit": commit()}
-    # A model's config.json is Hugging Face's, so there the settings lie beside it.
-    write_json(partial / ("settings.json" if stage in ("pretrain", "base") else "config.json"), facts)
+    try:
+        yield partial
+    except (ValueError, OSError):  # bad input leaves nothing behind
+        shutil.rmtree(partial)
+        with suppress(OSError):
+            final.parent.rmdir()  # only where it is empty
+        raise
+    # A model's own config.json is Hugging Face's: there the settings lie beside it.
+    name = "settings.json" if (partial / "config.json").exists() else "config.json"
+    write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
 
@@ -204,8 +210,9 @@ def generator(settings, *stream, device="cpu"):
 
 def open_base(settings):
     """The frozen base with its tokenizer and prompt template."""
-    if settings.data == "toy" and settings.model == str(Path(settings.output_dir) / "base"):
-        need(settings.model, f"pretrain --output-dir {settings.output_dir}, then quantize; or: make base")
+    path, makers = Path(settings.model), {"base": "quantize", "pretrain": "pretrain"}
+    if path.parent == Path(settings.output_dir) and path.name in makers:  # one of our own
+        need(path, f"{makers[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
     llama = model.load(settings.model, settings.device, getattr(torch, settings.dtype))
     tokenizer = data.Tokenizer(settings.model)
     if tokenizer.vocab_size > llama.config.vocab_size or tokenizer.eos not in llama.config.eos_token_id:
@@ -273,7 +280,7 @@ class Journal:
     """metrics.jsonl, one line a step, and a progress bar with the numbers that matter."""
 
     def __init__(self, folder, stage, settings, shown):
-        self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)
+        self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115
         self.bar, self.stage, self.shown, self.settings = None, stage, shown, settings
         self.since, self.tokens = time.perf_counter(), 0
 
@@ -284,8 +291,8 @@ class Journal:
         self.tokens += tokens
         if step % self.settings.log_every == 0 or step == total - 1:
             shown = {name: f"{numbers[name]:.3g}" for name in self.shown}
+            shown["tok/s"] = f"{self.tokens / (time.perf_counter() - self.since):.0f}"
             if self.settings.device == "cuda":
-                shown["tok/s"] = f"{self.tokens / (time.perf_counter() - self.since):.0f}"
                 shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
             self.bar.set_postfix(shown)
         self.bar.update()
@@ -357,7 +364,8 @@ def train_reward(settings):
         positives = prepare(settings, "train", tokenizer, template, settings.train_examples)
         rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
         targets = settings.lora_targets.split(",")
-        llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, generator(settings, "lora"), "normal")
+        draw = generator(settings, "lora")
+        llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, draw, head="normal")
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         journal = Journal(folder, "reward", settings, ["loss", "positive", "negative"])
         for step, total, rate, index in schedule(rows, settings):
@@ -495,8 +503,8 @@ def load_answerer(settings, llama, name):
     if name == "base":
         return None
     stage, folder = {"mle": ("mle", "mle"), "policy": ("ppo", "ppo/policy")}[name]
-    folder = need(Path(settings.output_dir) / folder, f"{stage} --data {settings.data} --output-dir {settings.output_dir}")
-    llama.load_adapter(name, folder)
+    run = Path(settings.output_dir)
+    llama.load_adapter(name, need(run / folder, f"{stage} --data {settings.data} --output-dir {run}"))
     return name
 
 
@@ -618,6 +626,12 @@ def checked(kind, limits):
     return convert
 
 
+def dashed(argument):
+    """--batch_size=7 -> --batch-size=7; what is no flag stays."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+
+
 def parse(arguments):
     """(command, settings, text): what the command line says, and for the rest the toy's or the paper's defaults."""
     parser = Parser(prog="lastmile.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -639,14 +653,13 @@ def parse(arguments):
             else:
                 kind = str if f.type is str else checked(f.type, f.metadata["limits"])
                 command.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help, metavar="X")
-    dashed = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in arguments]
-    given = vars(parser.parse_args(dashed))
+    given = vars(parser.parse_args([dashed(argument) for argument in arguments]))
     command, text = given.pop("command"), given.pop("text", None)
     return command, resolve(command, given), text
 
 
 def resolve(command, given):
-    """Settings from the flags that were given; what depends on the data, the run's folder or the machine is filled in."""
+    """Settings from the flags given; what depends on the data, the run's folder or the machine is filled in."""
     settings = COMMANDS[command][0]
     if given.get("data", "toy") == "toy":
         given = {f.name: f.metadata["toy"] for f in fields(settings) if f.metadata["toy"] is not None} | given
@@ -679,6 +692,9 @@ def main(arguments=None):
         command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
         run = COMMANDS[command][1]
         run(settings, text) if command == "sample" else run(settings)
+    except KeyboardInterrupt:
+        print("lastmile.py: interrupted; nothing but the unfinished stage is lost", file=sys.stderr)
+        return 130
     except FloatingPointError as error:
         print(f"lastmile.py: {error}", file=sys.stderr)
         return 3

@@ -1,6 +1,6 @@
 """LoRA: many small trainable adapters over one frozen base.
 
-    y = x W + (alpha / r) (x A^T) B^T        A (R, K), B (N, R), B = 0 at the start: an untrained adapter changes nothing
+    y = x W + (alpha / r) (x A^T) B^T      A (R, K), B (N, R); B = 0 at the start: an untrained adapter changes nothing
 
 Each adapter has a name, and the name is an ARGUMENT of forward, never a setting of the module: backward passes that
 recompute a forward would otherwise use whichever adapter is set by then, and the gradient would be silently wrong.
@@ -59,7 +59,8 @@ class LoRALinear(nn.Module):
             return y
         if isinstance(adapter, str):
             return y + self.delta(x, adapter) if adapter in self.lora_A else y
-        parts = zip(adapter, x.split([rows for _, rows in adapter]), y.split([rows for _, rows in adapter]), strict=True)
+        rows = [n for _, n in adapter]
+        parts = zip(adapter, x.split(rows), y.split(rows), strict=True)
         return torch.cat([y + self.delta(x, name) if name in self.lora_A else y for (name, _), x, y in parts])
 
 
@@ -115,7 +116,7 @@ def save_adapter(module, name, folder, base_name, head=None):
 
 
 def load_adapter(module, name, folder):
-    """Add the adapter saved in a folder, under the given name. Returns its head's weight (1, C), or None.
+    """Add the adapter saved in a folder, under the given name, frozen. Returns its head's weight (1, C), or None.
 
     The keys must be exactly those that the config promises for this model: a file that fits in part would leave
     layers silently unadapted. Raises FileNotFoundError or ValueError with the file and what is wrong.
@@ -147,4 +148,5 @@ def load_adapter(module, name, folder):
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
+            parameter.requires_grad_(False)
     return head

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora import LoRALinear, add_adapter, adapter_parameters, load_adapter, save_adapter
+from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, save_adapter
 from quant import QuantLinear, quantize_blocks
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ def read_config(folder):
             raise ValueError(f"{file}: {flag} is not supported; take a Llama without biases")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new and the old spelling
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **scaling}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model without rope scaling")
@@ -292,7 +293,7 @@ class Llama(nn.Module):
             need = f"needs a score head of (1, {self.config.hidden_size})" if head else "must not have a score head"
             raise ValueError(f"{folder}: a {name} adapter {need}; is it the adapter of another stage?")
         if head:
-            self.score[name] = nn.Parameter(weight.to(self.device))
+            self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
 
     @property
     def device(self):
@@ -304,9 +305,7 @@ class Llama(nn.Module):
 
 
 @torch.inference_mode()
-def sample(
-    llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, generator=None, top_k=0, top_p=1.0
-):
+def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, generator=None, top_k=0, top_p=1.0):
     """Continue prompts until EOS or the cap.
 
     prompts: list of lists of ids, of any lengths. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing, as PPO
@@ -437,15 +436,16 @@ def read_tensors(folder):
 
 def save(llama, folder, quantization=None):
     """Write config.json and model.safetensors with Hugging Face's names. quantization: the quantization_config."""
-    c = asdict(llama.config)
-    del c["quantization"]
-    dtype = str(llama.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    c |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
-          "eos_token_id": list(c["eos_token_id"]), "attention_bias": False, "mlp_bias": False, "torch_dtype": dtype}  # fmt: skip
+    config = asdict(llama.config) | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
+        "eos_token_id": list(llama.config.eos_token_id), "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": str(llama.model.embed_tokens.weight.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    del config["quantization"]  # ours, as read; the file's own spelling follows
     if quantization:
-        c["quantization_config"] = quantization
+        config["quantization_config"] = quantization
     folder = Path(folder)
-    (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name.replace(".base.", "."): t.detach().cpu().contiguous() for name, t in llama.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -85,7 +85,7 @@ def returns(reward, mask, gamma):
 
 
 def value_loss(value, traj, value_clip=0.0):
-    """Squared error to the return, mean over response tokens. value_clip > 0: as in the PPO implementation of OpenAI."""
+    """Squared error to the return, mean over response tokens. value_clip > 0: as OpenAI's PPO does."""
     error = (value - traj.ret).square()
     if value_clip > 0:
         near = traj.value + (value - traj.value).clamp(-value_clip, value_clip)

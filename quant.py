@@ -272,7 +272,7 @@ def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0
     """
     for block in progress(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        hessians = collect_hessians(linears, lambda block=block: [run(block, h) for h in hidden])
+        hessians = collect_hessians(linears, block, hidden, run)
         for name, linear in linears.items():
             N, K = linear.weight.shape
             if N % 8 or K % 8:
@@ -287,8 +287,8 @@ def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0
         hidden = [run(block, h) for h in hidden]
 
 
-def collect_hessians(linears, run):
-    """{name: mean over calibration rows of x x^T, (K, K)} for each linear while run() is called."""
+def collect_hessians(linears, block, hidden, run):
+    """{name: mean over calibration rows of x x^T, (K, K)} of the inputs x that each linear of a block sees."""
     sums, rows = {}, {}
 
     def watch(name):
@@ -300,7 +300,8 @@ def collect_hessians(linears, run):
         return hook
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-    run()
+    for h in hidden:
+        run(block, h)
     for handle in handles:
         handle.remove()
     return {name: sums[name] / rows[name] for name in linears}

@@ -1,0 +1,269 @@
+"""Adapters: named, side by side in one batch, over a 4-bit base, and in PEFT's files."""
+
+import json
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from test_quant import dense_twin
+from torch.utils.checkpoint import checkpoint
+
+import lora
+import model
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.arange(3, 51).view(2, 24)
+
+
+def train(parameters, seed=0):
+    """Give adapters random values everywhere, as training would: B is 0 at the start and hides mistakes."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(0, 0.2, generator=g)
+
+
+def trained_layer(*names):
+    """LoRALinear over a dense 8 -> 6 layer with trained adapters of rank 4."""
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(nn.Linear(8, 6).requires_grad_(False))
+    for name in names:
+        layer.add(name, r=4, alpha=2.0, generator=torch.Generator().manual_seed(0))
+    train([*layer.lora_A.values(), *layer.lora_B.values()])
+    return layer
+
+
+def with_adapters(llama, *names, targets=SEVEN, head=None):
+    for seed, name in enumerate(names):
+        llama.add_adapter(name, 4, 8.0, targets, torch.Generator().manual_seed(seed), head)
+        train(llama.adapter_parameters(name), seed)
+    return llama
+
+
+def gradients(llama, name):
+    return [parameter.grad for parameter in llama.adapter_parameters(name)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One layer
+
+
+def test_untrained_adapter_changes_nothing(run_folder):
+    """B starts at 0, so training starts at the base, to the bit; A must not be 0, or nothing would ever learn."""
+    llama = model.load(run_folder / "base")
+    before = llama(TOKENS)
+    llama.add_adapter("policy", 4, 8.0, SEVEN, torch.Generator().manual_seed(0))
+    assert torch.equal(llama(TOKENS, "policy"), before)
+    parameters = lora.adapter_parameters(llama, "policy")
+    assert all(p.any() == name.endswith("lora_A") for name, p in parameters.items())
+
+
+def test_forward_is_the_formula():
+    """y = base(x) + alpha / r (x A^T) B^T, here with alpha / r = 1/2; without a name the base alone."""
+    layer, x = trained_layer("a"), torch.randn(2, 3, 8)
+    expected = layer.base(x) + 0.5 * (x @ layer.lora_A["a"].T) @ layer.lora_B["a"].T
+    torch.testing.assert_close(layer(x, "a"), expected)
+    assert torch.equal(layer(x), layer.base(x)) and not torch.equal(layer(x), layer(x, "a"))
+
+
+def test_rows_carry_their_own_adapters():
+    """A batch of mixed rows gives the values and the gradients of one call per adapter: the stacked pass of PPO rests
+    on it. Rows without an adapter, or with one that this layer does not have, are the base's.
+    """
+    mixed, apart = trained_layer("a", "b"), trained_layer("a", "b")
+    x, dy = torch.randn(5, 3, 8), torch.randn(5, 3, 6)
+    parts = (("a", 2), (None, 1), ("b", 1), ("stranger", 1))
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = mixed(one, parts)
+    rows = other.split([n for _, n in parts])
+    expected = torch.cat(
+        [apart(r, None if name == "stranger" else name) for r, (name, _) in zip(rows, parts, strict=True)]
+    )
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(mixed(x, "stranger"), mixed.base(x))
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(one.grad, other.grad)
+    for name in "ab":
+        torch.testing.assert_close(mixed.lora_A[name].grad, apart.lora_A[name].grad)
+        torch.testing.assert_close(mixed.lora_B[name].grad, apart.lora_B[name].grad)
+
+
+@pytest.mark.parametrize("rows", [(("a", 2), ("b", 2)), (("a", 2), ("b", 4))], ids=["too few", "too many"])
+def test_rows_must_add_up(rows):
+    """Row counts that are not the batch's would hand rows to the wrong adapter or drop them."""
+    with pytest.raises(RuntimeError):
+        trained_layer("a", "b")(torch.randn(5, 3, 8), rows)
+
+
+def test_adapters_leave_each_other_and_the_base_alone(run_folder):
+    """A loss under one adapter gives gradients to all of its tensors and to no other, be it the base's or a neighbour's."""
+    llama = with_adapters(model.load(run_folder / "pretrain"), "policy", "value")
+    llama.logits(llama(TOKENS, "policy")).square().mean().backward()
+    assert all(grad.any() for grad in gradients(llama, "policy"))
+    learning = {id(p) for p in llama.adapter_parameters("policy")}
+    assert all(p.grad is None for p in llama.parameters() if id(p) not in learning)
+
+
+def test_adapter_in_some_layers_only(run_folder):
+    """With --lora-targets q_proj the other six projections pass through; a name that fits nothing is refused."""
+    llama = with_adapters(model.load(run_folder / "base"), "policy", targets=["q_proj"])
+    assert len(llama.adapter_parameters("policy")) == 2 * 2  # A and B in two blocks
+    assert not torch.equal(llama(TOKENS, "policy"), llama(TOKENS))
+    with pytest.raises(ValueError, match="w_proj"):
+        llama.add_adapter("other", 4, 8.0, ["q_proj", "w_proj"], torch.Generator())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients through the whole model
+
+
+def test_gradient_below_4_bit_layers(run_folder):
+    """Every adapter tensor gets the gradient it gets over the dequantised dense model: nothing is lost on the way down
+    through the packed layers.
+    """
+    packed = with_adapters(model.load(run_folder / "base"), "policy")
+    dense = with_adapters(dense_twin(run_folder / "base"), "policy")
+    for llama in (packed, dense):
+        llama.logits(llama(TOKENS, "policy")).logsumexp(-1).mean().backward()
+    for ours, theirs in zip(gradients(packed, "policy"), gradients(dense, "policy"), strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_recomputation_uses_the_right_adapter(run_folder):
+    """Two adapters, forwards first and backwards last, with activation checkpointing: were the adapter a setting of the
+    module, the recomputed forward would use the last one set and the gradient would be silently wrong.
+    """
+    plain, recomputed = (with_adapters(model.load(run_folder / "base"), "policy", "value") for _ in range(2))
+    sum(plain(TOKENS, name).logsumexp(-1).mean() for name in ("policy", "value")).backward()
+    both = [checkpoint(recomputed, TOKENS, name, use_reentrant=False) for name in ("policy", "value")]
+    sum(h.logsumexp(-1).mean() for h in both).backward()
+    for name in ("policy", "value"):
+        torch.testing.assert_close(gradients(recomputed, name), gradients(plain, name), rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("head", [None, "normal"])
+def test_save_and_load_are_inverse(run_folder, tmp_path, head):
+    """An adapter comes back to the bit, scaling and head included, also under another name."""
+    llama = with_adapters(model.load(run_folder / "base"), "reward", head=head)
+    llama.save_adapter("reward", tmp_path, "base")
+    again = model.load(run_folder / "base")
+    again.load_adapter("judge", tmp_path, head=head is not None)
+    ours, theirs = llama.adapter_parameters("reward"), again.adapter_parameters("judge")
+    assert len(ours) == 2 * 2 * 7 + (head is not None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(llama(TOKENS, "reward"), again(TOKENS, "judge"))
+    if head:
+        assert torch.equal(
+            llama.scalar(llama(TOKENS, "reward"), "reward"), again.scalar(again(TOKENS, "judge"), "judge")
+        )
+
+
+KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+DAMAGE = {  # what is wrong with an adapter: (how to make it so, what the message must say)
+    "missing tensor": (lambda config, tensors: tensors.pop(KEY), KEY),
+    "extra tensor": (
+        lambda config, tensors: tensors.update({KEY.replace(".1.", ".2."): torch.zeros(4, 32)}),
+        "layers.2",
+    ),
+    "other rank": (lambda config, tensors: tensors.update({KEY: torch.zeros(3, 32)}), KEY),
+    "other rank in the config": (lambda config, tensors: config.update(r=2), "another shape"),
+    "no rank": (lambda config, tensors: config.pop("r"), "'r'"),
+    "dora": (lambda config, tensors: config.update(use_dora=True), "use_dora"),
+    "rslora": (lambda config, tensors: config.update(use_rslora=True), "use_rslora"),
+    "rank pattern": (lambda config, tensors: config.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "alpha pattern": (lambda config, tensors: config.update(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    "fewer targets": (lambda config, tensors: config.update(target_modules=["q_proj"]), "extra"),
+    "unknown target": (lambda config, tensors: config.update(target_modules=[*SEVEN, "w_proj"]), "w_proj"),
+}
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE.keys())
+def test_adapters_that_do_not_fit_are_refused(run_folder, tmp_path, damage, message):
+    """An adapter that fits in part would leave layers silently unadapted, one of another method would compute something
+    else. The message names the file and the cause.
+    """
+    with_adapters(model.load(run_folder / "base"), "policy").save_adapter("policy", tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    damage(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        model.load(run_folder / "base").load_adapter("policy", tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_broken_and_absent_files_are_named(run_folder, tmp_path, file):
+    """A half-copied folder ends in one line that names it, not in a traceback from a library."""
+    llama = with_adapters(model.load(run_folder / "base"), "policy")
+    llama.save_adapter("policy", tmp_path, "base")
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        llama.load_adapter("again", tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / file))):
+        llama.load_adapter("again", tmp_path)
+
+
+@pytest.mark.parametrize("head, wanted", [(None, True), ("zero", False)])
+def test_the_adapter_of_another_stage_is_refused(run_folder, tmp_path, head, wanted):
+    """A policy has no scalar head and a reward model has one: mixing up the folders must not go unnoticed."""
+    llama = with_adapters(model.load(run_folder / "base"), "mle", head=head)
+    llama.save_adapter("mle", tmp_path, "base")
+    with pytest.raises(ValueError, match="score head"):
+        llama.load_adapter("again", tmp_path, head=wanted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PEFT
+
+
+def test_language_adapters_open_in_peft(run_folder, tmp_path):
+    """peft.PeftModel over transformers' Llama computes our logits from our files: what we write is of use elsewhere."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    llama = with_adapters(model.load(run_folder / "pretrain"), "policy")
+    llama.save_adapter("policy", tmp_path, "base")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(run_folder / "pretrain")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    with torch.no_grad():
+        ours, bare = llama.logits(llama(TOKENS, "policy")), llama.logits(llama(TOKENS))
+        torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
+    assert (ours - bare).abs().max() > 0.1  # the adapter does something
+
+
+def test_scalar_heads_open_in_peft(run_folder, tmp_path):
+    """A reward model is a SEQ_CLS adapter: transformers' one-label classifier gives our score of the last token."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    llama = with_adapters(model.load(run_folder / "pretrain"), "reward", head="normal")
+    llama.save_adapter("reward", tmp_path, "base")
+    theirs = transformers.LlamaForSequenceClassification.from_pretrained(run_folder / "pretrain", num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    with torch.no_grad():
+        scores = llama.scalar(llama(TOKENS, "reward"), "reward")  # (B, T)
+        for row, score in zip(TOKENS, scores, strict=True):  # one by one: without a padding token it takes no batch
+            for length in (1, 10, 24):
+                logits = theirs(row[None, :length]).logits
+                torch.testing.assert_close(logits.item(), score[length - 1].item(), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_peft_open_here(run_folder, tmp_path):
+    """The other way round: what peft writes, with all the keys of its config, computes the same in our model."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=SEVEN, task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(run_folder / "pretrain")
+    theirs = peft.get_peft_model(theirs, config)
+    theirs.save_pretrained(tmp_path)
+    llama = model.load(run_folder / "pretrain")
+    llama.load_adapter("policy", tmp_path)
+    with torch.no_grad():
+        ours = llama.logits(llama(TOKENS, "policy"))
+        torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
