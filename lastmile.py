@@ -173,16 +173,19 @@ def stage_folder(settings, stage):
     partial.mkdir(parents=True)
     try:
         yield partial
-    except (ValueError, OSError):  # bad input leaves nothing behind
-        shutil.rmtree(partial)
-        with suppress(OSError):
-            final.parent.rmdir()  # only where it is empty
+    except (ValueError, OSError):
+        with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
+            partial.rmdir()
+            final.parent.rmdir()
         raise
     # A model's own config.json is Hugging Face's: there the settings lie beside it.
     name = "settings.json" if (partial / "config.json").exists() else "config.json"
     write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = final.with_name(f"{stage}.replaced")
+    if final.exists():
+        final.rename(replaced)
     partial.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_json(file, value):
@@ -290,7 +293,7 @@ class Journal:
         self.file.write(json.dumps({"step": step} | numbers) + "\n")
         self.tokens += tokens
         if step % self.settings.log_every == 0 or step == total - 1:
-            shown = {name: f"{numbers[name]:.3g}" for name in self.shown}
+            shown = {name: f"{numbers[name]:.3g}" for name in self.shown if numbers[name] is not None}
             shown["tok/s"] = f"{self.tokens / (time.perf_counter() - self.since):.0f}"
             if self.settings.device == "cuda":
                 shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
@@ -307,6 +310,9 @@ class Journal:
 
 def pretrain(settings):
     """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
+    C, H, J = settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads
+    if C % (2 * H) or H % J:  # rope turns dimensions in pairs
+        raise ValueError(f"--hidden-size {C} must be a multiple of twice the {H} heads, and these of the {J} kv heads")
     with stage_folder(settings, "pretrain") as folder:
         if settings.data == "toy":
             examples = data.load("toy", "pretrain")
@@ -321,9 +327,8 @@ def pretrain(settings):
         rows = rows[: settings.train_examples or None]
         rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
         config = model.LlamaConfig(
-            tokenizer.vocab_size, settings.hidden_size, settings.intermediate_size, settings.num_hidden_layers,
-            settings.num_attention_heads, settings.num_key_value_heads,
-            settings.hidden_size // settings.num_attention_heads, eos_token_id=(tokenizer.eos,),
+            tokenizer.vocab_size, C, settings.intermediate_size, settings.num_hidden_layers, H, J, C // H,
+            eos_token_id=(tokenizer.eos,),
         )  # fmt: skip
         llama = model.initialize(config, generator(settings, "pretrain")).to(settings.device)
         update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)
@@ -339,6 +344,8 @@ def pretrain(settings):
 
 def quantize(settings):
     """A dense Llama folder to a 4-bit one. Reads --model, by default <output-dir>/pretrain."""
+    if settings.group_size != -1 and (settings.group_size < 8 or settings.group_size % 8):
+        raise ValueError(f"--group-size {settings.group_size}: must be -1 (one scale a column) or a multiple of 8")
     with stage_folder(settings, "base") as folder:
         llama, tokenizer, template = open_base(settings)
         if llama.config.quantization:
@@ -362,6 +369,7 @@ def train_reward(settings):
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer, template = open_base(settings)
         positives = prepare(settings, "train", tokenizer, template, settings.train_examples)
+        heldout = prepare(settings, "validation", tokenizer, template, settings.eval_examples)
         rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
@@ -378,15 +386,15 @@ def train_reward(settings):
                 step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate,
                 positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
             )  # fmt: skip
-        report = reward_report(settings, llama, tokenizer, template)
-        write_json(folder / "heldout.json", report)
         llama.save_adapter("reward", folder, settings.model)
+        report = reward_report(settings, llama, data.with_negatives(
+            heldout, tokenizer, settings.max_new_tokens, settings.seed
+        ))  # fmt: skip
+        write_json(folder / "heldout.json", report)
 
 
-def reward_report(settings, llama, tokenizer, template):
+def reward_report(settings, llama, rows):
     """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart."""
-    positives = prepare(settings, "validation", tokenizer, template, settings.eval_examples)
-    rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
     scores = {}
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
@@ -399,7 +407,7 @@ def reward_report(settings, llama, tokenizer, template):
     for kind in data.NEGATIVES:
         report[kind]["auc"] = auc(scores["positive"], scores[kind])
     lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
-    print(f"\nheld out, {len(positives)} validation examples:")
+    print(f"\nheld out, {len(scores['positive'])} validation examples:")
     print(markdown([["class", "mean score", "AUC of positives against it"], *lines]))
     return report
 
@@ -410,7 +418,7 @@ def tokens_of(batch):
 
 
 def mean_or_none(x, mask):
-    return ppo.masked_mean(x, mask).item() if mask.any() else float("nan")
+    return ppo.masked_mean(x, mask).item() if mask.any() else None
 
 
 def train_mle(settings):
@@ -511,7 +519,7 @@ def load_answerer(settings, llama, name):
 def evaluate(settings):
     """Greedy predictions on the test split and their scores, for base, mle and policy, raw and cleaned."""
     names = settings.adapters.split(",")
-    if not set(names) <= {"base", "mle", "policy"}:
+    if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
         raise ValueError(f"--adapters {settings.adapters}: choose among base, mle and policy")
     with stage_folder(settings, "eval") as folder:
         llama, tokenizer, template = open_base(settings)
@@ -644,6 +652,8 @@ def parse(arguments):
             command.add_argument("text", nargs="?", help="the text [standard input]")
         for f in fields(settings):
             help, toy = f.metadata["help"], f.metadata["toy"]
+            if f.metadata["choices"]:
+                help += f" {{{','.join(f.metadata['choices'])}}}"
             if f.default != "":
                 help += f" [{f.default}{'' if toy is None else f'; toy: {toy}'}]"
             help = help.replace("%", "%%")

@@ -99,7 +99,7 @@ def test_rows_must_add_up(rows):
 
 
 def test_adapters_leave_each_other_and_the_base_alone(run_folder):
-    """A loss under one adapter gives gradients to all of its tensors and to no other, be it the base's or a neighbour's."""
+    """A loss under one adapter reaches all of its tensors and no other, be it the base's or a neighbour's."""
     llama = with_adapters(model.load(run_folder / "pretrain"), "policy", "value")
     llama.logits(llama(TOKENS, "policy")).square().mean().backward()
     assert all(grad.any() for grad in gradients(llama, "policy"))
@@ -160,28 +160,21 @@ def test_save_and_load_are_inverse(run_folder, tmp_path, head):
     assert len(ours) == 2 * 2 * 7 + (head is not None)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert torch.equal(llama(TOKENS, "reward"), again(TOKENS, "judge"))
-    if head:
-        assert torch.equal(
-            llama.scalar(llama(TOKENS, "reward"), "reward"), again.scalar(again(TOKENS, "judge"), "judge")
-        )
 
 
 KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-DAMAGE = {  # what is wrong with an adapter: (how to make it so, what the message must say)
-    "missing tensor": (lambda config, tensors: tensors.pop(KEY), KEY),
-    "extra tensor": (
-        lambda config, tensors: tensors.update({KEY.replace(".1.", ".2."): torch.zeros(4, 32)}),
-        "layers.2",
-    ),
-    "other rank": (lambda config, tensors: tensors.update({KEY: torch.zeros(3, 32)}), KEY),
-    "other rank in the config": (lambda config, tensors: config.update(r=2), "another shape"),
-    "no rank": (lambda config, tensors: config.pop("r"), "'r'"),
-    "dora": (lambda config, tensors: config.update(use_dora=True), "use_dora"),
-    "rslora": (lambda config, tensors: config.update(use_rslora=True), "use_rslora"),
-    "rank pattern": (lambda config, tensors: config.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
-    "alpha pattern": (lambda config, tensors: config.update(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
-    "fewer targets": (lambda config, tensors: config.update(target_modules=["q_proj"]), "extra"),
-    "unknown target": (lambda config, tensors: config.update(target_modules=[*SEVEN, "w_proj"]), "w_proj"),
+DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it so, what the message must say
+    "missing tensor": (lambda c, t: t.pop(KEY), KEY),
+    "extra tensor": (lambda c, t: t.update({KEY.replace(".1.", ".2."): torch.zeros(4, 32)}), "layers.2"),
+    "other rank": (lambda c, t: t.update({KEY: torch.zeros(3, 32)}), KEY),
+    "other rank in the config": (lambda c, t: c.update(r=2), "another shape"),
+    "no rank": (lambda c, t: c.pop("r"), "'r'"),
+    "dora": (lambda c, t: c.update(use_dora=True), "use_dora"),
+    "rslora": (lambda c, t: c.update(use_rslora=True), "use_rslora"),
+    "rank pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
+    "alpha pattern": (lambda c, t: c.update(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    "fewer targets": (lambda c, t: c.update(target_modules=["q_proj"]), "extra"),
+    "unknown target": (lambda c, t: c.update(target_modules=[*SEVEN, "w_proj"]), "w_proj"),
 }
 
 
