@@ -335,7 +335,7 @@ def pretrain(settings):
         journal = Journal(folder, "pretrain", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings, settings.warmup_steps):
             batch = data.collate([rows[i] for i in index], settings.device)
-            logp, _ = ppo.token_logp(llama, llama(batch.tokens), batch)
+            logp = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens), batch), batch)
             loss = ppo.mle_loss(logp, batch.mask)
             norm = update(loss, rate)
             journal.write(step, total, batch.mask.sum().item(), loss=loss.item(), grad_norm=norm, learning_rate=rate)
@@ -432,7 +432,7 @@ def train_mle(settings):
         journal = Journal(folder, "mle", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings):
             batch = data.collate([rows[i] for i in index], settings.device)
-            logp, _ = ppo.token_logp(llama, llama(batch.tokens, "mle"), batch)
+            logp = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens, "mle"), batch), batch)
             loss = ppo.mle_loss(logp, batch.mask)
             norm = update(loss, rate)
             journal.write(step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate)
@@ -484,7 +484,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
             kl = None
             if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
                 with torch.inference_mode():
-                    base, _ = ppo.token_logp(llama, llama(batch.tokens), batch)
+                    base = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens), batch), batch)
                 difference = logp.detach() - base
                 numbers["kl"] = ppo.masked_mean(difference, batch.mask).item()
                 kl = settings.kl_coef * difference if settings.kl_coef else None

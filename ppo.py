@@ -21,6 +21,7 @@ Dimensions: B batch, T time, V vocabulary.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from data import Datum, collate
 
@@ -141,15 +142,20 @@ def fill(mask, flat):
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
-def token_logp(llama, h, batch):
-    """log pi of the response tokens, and the entropy of the distributions they were drawn from: two (B, T).
+def response_logits(llama, h, batch):
+    """Logits behind every response token, and behind no other: (B, T, C) -> (n, V)."""
+    return llama.logits(before(h, batch.mask))
 
-    Logits are made for response tokens only, not for the prompt.
-    """
-    logp = torch.log_softmax(llama.logits(before(h, batch.mask)), dim=-1)  # (n, V)
-    chosen = logp.gather(1, batch.tokens[batch.mask][:, None]).squeeze(1)  # (n,)
-    entropy = -(logp.exp() * logp).sum(1)  # (n,)
-    return fill(batch.mask, chosen), fill(batch.mask, entropy)
+
+def token_logp(logits, batch):
+    """log pi of the response tokens: (n, V) -> (B, T)."""
+    return fill(batch.mask, -F.cross_entropy(logits, batch.tokens[batch.mask], reduction="none"))
+
+
+def token_entropy(logits, batch):
+    """Entropy of the distributions that the response tokens were drawn from: (n, V) -> (B, T)."""
+    logp = torch.log_softmax(logits, dim=-1)  # (n, V)
+    return fill(batch.mask, -(logp.exp() * logp).sum(1))
 
 
 def actor_critic(llama, batch, with_reward=True):
@@ -162,7 +168,8 @@ def actor_critic(llama, batch, with_reward=True):
     names = ("policy", "value", "reward") if with_reward else ("policy", "value")
     h = llama(batch.tokens.repeat(len(names), 1), adapter=tuple((name, B) for name in names))  # (3B, T, C)
     h = dict(zip(names, h.split(B), strict=True))  # each (B, T, C)
-    logp, entropy = token_logp(llama, h["policy"], batch)
+    logits = response_logits(llama, h["policy"], batch)  # (n, V)
+    logp, entropy = token_logp(logits, batch), token_entropy(logits, batch)
     value = fill(batch.mask, llama.scalar(before(h["value"], batch.mask), "value"))
     score = llama.scalar(h["reward"], "reward").detach() * batch.mask if with_reward else None
     return logp, entropy, value, score

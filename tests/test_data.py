@@ -49,14 +49,6 @@ def negatives(positives, tokenizer, limit, kind, seed=0):
     return [(by_id[d.id], d) for d in data.with_negatives(positives, tokenizer, limit, seed) if d.kind == kind]
 
 
-def refused(folder, name="toy.csv", split="train", error=ValueError, **columns):
-    """The message with which a file or folder is refused."""
-    with pytest.raises(error) as caught:
-        data.load(folder / name, split, **columns)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness
 
@@ -105,7 +97,7 @@ def test_toy_summary_tells_the_final_plan():
 
 
 def test_toy_base_corpus_is_wordy():
-    """The base must fail the way the paper's base does, with an opening and too many words, or nothing is to be cured."""
+    """The base must fail the way the paper's base does, an opening and too many words, or nothing is to be cured."""
     chatter, summaries = ([e.target for e in data.toy(split)] for split in ("pretrain", "test"))
     assert sum(text.startswith("Sure,") for text in chatter) > 0.7 * len(chatter)
     assert sum(len(text.split()) for text in chatter) > 30 * len(chatter)
@@ -131,10 +123,10 @@ def test_load_finds_the_columns(tmp_path, source, target, suffix):
 
 def test_load_deals_a_single_file(tmp_path):
     """One file becomes three splits, 8:1:1: a row in two of them would leak, a row in none would be lost."""
-    (tmp_path / "toy.csv").write_text("input,output\n" + "".join(f"in {i},out {i}\n" for i in range(25)))
+    (tmp_path / "toy.csv").write_text("input,output\n" + "".join(f"in {i},out {i}\n" for i in range(30)))
     dealt = [data.load(tmp_path / "toy.csv", split) for split in ("train", "validation", "test")]
-    assert [len(part) for part in dealt] == [20, 3, 2]
-    assert len({example.source for part in dealt for example in part}) == 25
+    assert [len(part) for part in dealt] == [24, 3, 3]
+    assert len({example.source for part in dealt for example in part}) == 30
 
 
 @pytest.mark.parametrize("name", ["validation.csv", "valid.csv", "val.csv", "dev.csv"])
@@ -160,61 +152,63 @@ def test_load_keeps_the_text(tmp_path):
 
 
 GOOD = '{"dialogue": "a", "summary": "b"}\n'
-BAD_FILES = {  # name: (file, content, what the message must say: where, and what to do)
-    "empty": ("train.csv", "", ["train.csv", "expected a header line"]),
-    "header only": ("train.csv", "dialogue,summary\n", ["train.csv", "expected a header line"]),
-    "no target in csv": ("train.csv", "dialogue,summary\na,b\nc\n", ["train.csv:3", "'summary'", "remove that row"]),
-    "no target in jsonl": ("train.jsonl", GOOD + '{"dialogue": "c"}\n', ["train.jsonl:2", "summary"]),
-    "null target": ("train.jsonl", GOOD + '{"dialogue": "c", "summary": null}', ["train.jsonl:2", "remove that row"]),
-    "blank source": ("train.csv", "dialogue,summary\n  ,b\n", ["train.csv:2", "'dialogue'", "remove that row"]),
-    "unquoted comma": ("train.csv", "dialogue,summary\na,b\nhi, you,bye\n", ["train.csv:3"]),
-    "ambiguous": (
-        "train.csv",
-        "input,output,prompt,completion\na,b,c,d\n",
-        ["train.csv", "more than one", "--input-column"],
-    ),
-    "unguessable": ("train.csv", "text,label\na,b\n", ["train.csv", "text, label", "--input-column"]),
-    "unclosed quote": ("train.csv", 'dialogue,summary\na,b\nc,"d\ne,f\n', ["train.csv:3", "mend"]),
-    "bad json": ("train.jsonl", GOOD + "{'dialogue': 1}\n" + GOOD, ["train.jsonl:2", "mend"]),
-    "array": ("train.jsonl", GOOD + '["a", "b"]\n', ["train.jsonl:2", "expected an object"]),
+BAD_FILES = {  # name: (content, what the message must say: where, and what to do)
+    "empty": ("", r"train\.csv: no rows; expected a header line"),
+    "header only": ("dialogue,summary\n", r"train\.csv: no rows; expected a header line"),
+    "no target in csv": ("dialogue,summary\na,b\nc\n", r"train\.csv:3: column 'summary'.* remove that row"),
+    "no target in jsonl": (GOOD + '{"dialogue": "c"}\n', r"train\.jsonl:2: "),
+    "null target": (GOOD + '{"dialogue": "c", "summary": null}', r"train\.jsonl:2: .* remove that row"),
+    "blank source": ("dialogue,summary\n  ,b\n", r"train\.csv:2: column 'dialogue'.* remove that row"),
+    "unquoted comma": ("dialogue,summary\na,b\nhi, you,bye\n", r"train\.csv:3: "),
+    "ambiguous": ("input,output,prompt,completion\na,b,c,d\n", r"train\.csv.* more than one .* --input-column"),
+    "unguessable": ("text,label\na,b\n", r"train\.csv.* text, label; .* --input-column"),
+    "unclosed quote": ('dialogue,summary\na,b\nc,"d\ne,f\n', r"train\.csv:3: .* mend"),
+    "bad json": (GOOD + "{'dialogue': 1}\n" + GOOD, r"train\.jsonl:2: .* mend"),
+    "array": (GOOD + '["a", "b"]\n', r"train\.jsonl:2: expected an object"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_load_refuses(tmp_path, case):
+@pytest.mark.parametrize(("content", "said"), BAD_FILES.values(), ids=BAD_FILES)
+def test_load_refuses_rows(tmp_path, content, said):
     """A bad file is refused with its name, the row and the remedy; learning from it in silence would be far worse."""
-    name, content, said = BAD_FILES[case]
-    (tmp_path / name).write_text(content)
-    message = refused(tmp_path, "")
-    assert all(words in message for words in said), message
+    (tmp_path / ("train.jsonl" if content.startswith("{") else "train.csv")).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        data.load(tmp_path, "train")
 
 
 def test_load_refuses_latin1(tmp_path):
     """The byte named is that of the file, so that it can be found with an editor, however long the file."""
-    head = b"dialogue,summary\n" + b"a,b\n" * 10_000
-    (tmp_path / "train.csv").write_bytes(head + "né,b\n".encode("latin-1"))
-    message = refused(tmp_path, "")
-    assert all(words in message for words in ("train.csv", "UTF-8", "iconv", f"byte {len(head) + 1};")), message
+    head = b"dialogue,summary\n" + b"a,b\n" * 10_000 + b"n"
+    (tmp_path / "train.csv").write_bytes(head + b"\xe9,b\n")
+    with pytest.raises(ValueError, match=rf"train\.csv: not UTF-8 at byte {len(head)}; .*iconv"):
+        data.load(tmp_path, "train")
 
 
-def test_load_refuses_places(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("few.csv", ValueError, r"few\.csv: 9 rows; .* at least 10"),
+        ("notes.txt", ValueError, r"notes\.txt: .* \.csv and \.jsonl"),
+        ("absent.csv", FileNotFoundError, r"absent\.csv: no such file"),
+        (".", FileNotFoundError, r"no file for the train split; expected one of train\.csv, train\.jsonl"),
+        ("samsum", FileNotFoundError, r"data.samsum: .* train\.csv.* --data FOLDER"),
+    ],
+)
+def test_load_refuses_places(tmp_path, monkeypatch, place, error, said):
     """What is missing is named, and so is where it should be."""
     (tmp_path / "few.csv").write_text("input,output\n" + "a,b\n" * 9)
     (tmp_path / "notes.txt").write_text("hello")
-    assert "few.csv: 9 rows" in refused(tmp_path, "few.csv")
-    assert ".csv and .jsonl" in refused(tmp_path, "notes.txt")
-    assert "no such file" in refused(tmp_path, "absent.csv", error=FileNotFoundError)
-    assert "test.csv, test.jsonl" in refused(tmp_path, "", "test", error=FileNotFoundError)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"data.samsum.*train\.csv.*--data FOLDER"):
-        data.load("samsum", "train")
+    with pytest.raises(error, match=said):
+        data.load(place, "train")
 
 
-@pytest.mark.parametrize("columns", [{"input_column": "title"}, {"target_column": "title"}])
-def test_load_refuses_half_a_pair_of_columns(tmp_path, columns):
+@pytest.mark.parametrize("column", ["input_column", "target_column"])
+def test_load_refuses_half_a_pair_of_columns(tmp_path, column):
     """One column named and the other not: guessing both would train on a column that the user did not name."""
     (tmp_path / "train.csv").write_text("title,dialogue,summary\na,b,c\n")
-    assert "--input-column" in refused(tmp_path, "", **columns)
+    with pytest.raises(ValueError, match="--input-column"):
+        data.load(tmp_path, "train", **{column: "title"})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +250,7 @@ def test_encode_borders(tokenizer):
 
 
 def test_samsum_loses_what_the_paper_lost(shared, llama_tokenizer):
-    """Paper, 4.2: the filter at 400 tokens costs SAMSum's train or test split at most 13.4 %; so long is our template."""
+    """Paper, 4.2: the filter at 400 tokens costs SAMSum's train or test split at most 13.4 %, and it does so here."""
     shares = []
     for split in ("train", "test"):
         examples = data.load(shared / "data/samsum", split)
@@ -275,7 +269,7 @@ def test_parts_tokenise_as_the_whole(shared, llama_tokenizer):
 
 
 def test_load_template(tmp_path):
-    """A model folder may bring its own template; one that has no place for the text, or two, would train on nonsense."""
+    """A model folder may bring its own template; one without a place for the text, or with two, trains nonsense."""
     assert data.load_template(tmp_path) == data.LLAMA2_TEMPLATE
     (tmp_path / "template.txt").write_text("Été: {source}\n", encoding="utf-8")
     assert data.load_template(tmp_path) == "Été: {source}\n"
@@ -290,7 +284,7 @@ def test_load_template(tmp_path):
 
 
 def test_negatives_as_a_set(positives, tokenizer):
-    """Five classes of equal size, label 0, weight 1/5 (paper, 3.2); no more than `limit` tokens, EOS only at the end."""
+    """Five classes of equal size, label 0, weight 1/5 (paper, 3.2); at most `limit` tokens, EOS only at the end."""
     rows = data.with_negatives(positives, tokenizer, 60, 0)
     assert Counter(row.kind for row in rows) == dict.fromkeys(("positive", *data.NEGATIVES), 100)
     assert [row for row in rows if row.kind == "positive"] == positives
@@ -390,7 +384,7 @@ def test_collate():
 
 
 def test_batches():
-    """Each row once an epoch, in an order that (seed, epoch) alone decides, with half the padding of a plain shuffle."""
+    """Each row once an epoch, in an order that (seed, epoch) alone decides, with half a plain shuffle's padding."""
     rng = random.Random(0)
     lengths = [rng.randint(10, 400) for _ in range(1003)]
     dealt = data.batches(lengths, 7, seed=1, epoch=0)
@@ -405,4 +399,5 @@ def test_batches():
 
     plain = rng.sample(range(1003), 1003)
     assert padding(dealt) < padding([plain[i : i + 7] for i in range(0, 1003, 7)]) / 2
-    assert dealt != sorted(dealt, key=lambda rows: lengths[rows[0]])  # no drift from short to long
+    longer = sum(lengths[a[0]] < lengths[b[0]] for a, b in zip(dealt, dealt[1:], strict=False))
+    assert 0.3 < longer / len(dealt) < 0.7  # no drift from short to long

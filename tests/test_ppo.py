@@ -12,6 +12,7 @@ import ppo
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GAMMA, LAM = 0.99999, 0.95  # the paper's
+FIELDS = "logp_old", "value", "reward", "adv", "ret"  # of a Trajectory, beside tokens and mask
 
 
 def random_batch(*lengths, seed=0, prompts=(5, 2, 7, 3)):
@@ -28,8 +29,7 @@ def noise(batch, seed=0):
 
 def trajectory_of(batch, seed=1, **fields):
     """A Trajectory of random numbers, with the given fields instead."""
-    names = "logp_old", "value", "reward", "adv", "ret"
-    drawn = {name: noise(batch, seed + i) * batch.mask for i, name in enumerate(names)}
+    drawn = {name: noise(batch, seed + i) * batch.mask for i, name in enumerate(FIELDS)}
     return ppo.Trajectory(batch.tokens, batch.mask, **(drawn | fields))
 
 
@@ -90,9 +90,7 @@ def test_garbage_outside_the_mask_changes_nothing(garbage):
     spoil = lambda x: torch.where(batch.mask, x, garbage)  # noqa: E731
     x, y = noise(batch, 0), noise(batch, 1)
     traj = trajectory_of(batch)
-    spoilt = replace(
-        traj, **{name: spoil(getattr(traj, name)) for name in ("logp_old", "value", "reward", "adv", "ret")}
-    )
+    spoilt = replace(traj, **{name: spoil(getattr(traj, name)) for name in FIELDS})
     pairs = [
         (ppo.gae(x, y, batch.mask, GAMMA, LAM), ppo.gae(spoil(x), spoil(y), batch.mask, GAMMA, LAM)),
         (ppo.returns(x, batch.mask, GAMMA), ppo.returns(spoil(x), batch.mask, GAMMA)),
@@ -274,7 +272,7 @@ def test_first_update_is_the_plain_policy_gradient(actors, whitened):
     assert (ppo.ratio(logp, traj.logp_old)[batch.mask] == 1).all()
     numbers = ppo.statistics(traj, batch, logp, value, entropy, 0.2, eos=(2,))
     assert numbers["ratio"] == numbers["ratio_max"] == 1 and numbers["clip_fraction"] == 0
-    assert not any(getattr(traj, name).requires_grad for name in ("logp_old", "value", "reward", "adv", "ret"))
+    assert not any(getattr(traj, name).requires_grad for name in FIELDS)
     parameters = actors.adapter_parameters("policy")
     plain = -(traj.adv * logp)[batch.mask].mean()
     ours = torch.autograd.grad(ppo.policy_loss(logp, traj, 0.2), parameters, retain_graph=True)
@@ -327,6 +325,6 @@ def test_rollout_replaces_the_responses_only():
 
 @pytest.mark.parametrize("fraction, first", [(0, [0] * 8), (1, [1] * 8), (0.5, [0, 1] * 4), (0.25, [0, 0, 0, 1] * 2)])
 def test_ground_truth_batches_are_spread_evenly(fraction, first):
-    """Half and half alternates from a sampled batch on, as the paper's runs do; other shares are spread as evenly."""
+    """Half and half (paper, 3.3) alternates, from a sampled batch on; other shares are spread as evenly."""
     shown = [ppo.is_ground_truth(step, fraction) for step in range(1000)]
     assert shown[:8] == first and sum(shown) == 1000 * fraction
