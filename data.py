@@ -16,6 +16,7 @@ Dimensions: B batch, T time (longest row of the batch).
 
 import csv
 import hashlib
+import io
 import json
 import random
 from collections import Counter
@@ -102,48 +103,55 @@ def find_split(folder, split):
 
 
 def read_rows(file):
-    """Yield (line or row number, dict) from a CSV or JSONL file. The strings NA and None stay strings."""
+    """Yield (line number, dict) from a CSV or JSONL file. The strings NA and None stay strings."""
     if file.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{file}: unknown file type; --data reads .csv and .jsonl")
-    csv.field_size_limit(FIELD_LIMIT)
-    number = 0
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            if file.suffix == ".jsonl":
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield number, json.loads(line)
-            else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
-                reader = csv.DictReader(lines, strict=True)
-                for row in reader:
-                    number = reader.line_num
-                    yield number, row
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
+    lines, number = io.StringIO(text, newline=""), 0  # splits at \n and \r only: U+2028 may stand inside a string
+    try:
+        if file.suffix == ".jsonl":
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+        else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
+            csv.field_size_limit(FIELD_LIMIT)
+            reader = csv.DictReader(lines, strict=True)
+            for row in reader:
+                number = reader.line_num
+                yield number, row
     except (csv.Error, json.JSONDecodeError) as error:
+        if file.suffix == ".csv":
+            number += 1  # the row after the last good one
         raise ValueError(f"{file}:{number}: {error}; mend or remove that row") from None
 
 
 def to_example(file, number, row, input_column, target_column):
     if not isinstance(row, dict):
         raise ValueError(f"{file}:{number}: expected an object with an input and a target column, found {row!r:.40}")
-    source, target = guess_columns(file, row, input_column, target_column)
+    if None in row:  # where csv puts the cells for which the header has no name
+        raise ValueError(f"{file}:{number}: more cells than the header has; put quotes round text that holds commas")
+    source, target = guess_columns(f"{file}:{number}", row, input_column, target_column)
     for column in (source, target):
-        if not isinstance(row.get(column), str) or not row[column].strip():
+        if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{file}:{number}: column {column!r} is empty or not text; mend or remove that row")
     clean = [row[column].replace("\r\n", "\n").replace("\r", "\n").strip() for column in (source, target)]
     return Example(str(row.get("id") or number), *clean)
 
 
-def guess_columns(file, row, input_column, target_column):
-    if input_column and target_column:
+def guess_columns(where, row, input_column, target_column):
+    if bool(input_column) != bool(target_column):
+        raise ValueError("--input-column and --target-column go together; name both")
+    if input_column:
         found = [(input_column, target_column)] if input_column in row and target_column in row else []
     else:
         found = [pair for pair in COLUMNS if set(pair) <= set(row)]
     if len(found) != 1:
         problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
         raise ValueError(
-            f"{file}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME --target-column NAME"
+            f"{where}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME --target-column NAME"
         )
     return found[0]
 

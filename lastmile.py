@@ -239,7 +239,9 @@ def prepare(settings, split, tokenizer, template, examples=0, append_eos=True):
         f"{settings.max_new_tokens}"
     )
     if not kept:
-        raise ValueError(f"{settings.data}: no {split} example is short enough; raise --max-input-tokens")
+        raise ValueError(
+            f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
+        )
     if 0 < examples < len(kept):
         drawn = torch.randperm(len(kept), generator=generator(settings, "examples", split))[:examples]
         kept = [kept[i] for i in sorted(drawn.tolist())]

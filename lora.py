@@ -73,7 +73,7 @@ def add_adapter(module, name, r, alpha, targets, generator):
     chosen = [layer for path, layer in lora_layers(module) if path.rpartition(".")[2] in targets]
     missing = set(targets) - {path.rpartition(".")[2] for path, _ in lora_layers(module)}
     if missing or not chosen:
-        raise ValueError(f"--lora-targets {','.join(sorted(missing))}: no such projection in this model")
+        raise ValueError(f"LoRA targets: {','.join(sorted(missing)) or 'none'}: no such projection in this model")
     for layer in chosen:
         layer.add(name, r, alpha, generator)
 
@@ -130,12 +130,17 @@ def load_adapter(module, name, folder):
         config = json.loads((folder / "adapter_config.json").read_text())
         r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
         tensors = load_file(file)
+        if r < 1 or not isinstance(targets, list):
+            raise TypeError(f"r {r}, target_modules {targets!r}: a rank of at least 1 and a list are needed")
     except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
     for flag in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
         if config.get(flag):
             raise ValueError(f"{folder}/adapter_config.json: {flag}={config[flag]} changes the maths; not supported")
-    add_adapter(module, name, r, alpha, targets, torch.Generator())
+    try:
+        add_adapter(module, name, r, alpha, targets, torch.Generator())
+    except ValueError as error:
+        raise ValueError(f"{folder}/adapter_config.json: {error}") from None
     head = tensors.pop(f"{PREFIX}score.weight", None)
     parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     wrong = set(tensors) ^ set(parameters)

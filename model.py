@@ -72,6 +72,8 @@ def read_config(folder):
     if kind != "default":
         raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model without rope scaling")
     eos = raw.get("eos_token_id", 2)
+    if not eos or not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"{file}: eos_token_id {eos!r} is no token; set it to the id that ends an output")
     try:
         heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
         config = LlamaConfig(
@@ -415,15 +417,18 @@ def load(folder, device="cpu", dtype=torch.float32):
 def read_tensors(folder):
     """{name: tensor} of all safetensors files of a folder."""
     files = sorted(folder.glob("*.safetensors"))
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not files:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder}: no *.safetensors among {found}; convert or fetch the model as safetensors")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = {folder / Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()}
-        if absent := sorted(shard.name for shard in shards if not shard.is_file()):
+    if single.is_file():
+        files = [single]  # other files beside it, an adapter say, are no part of the model
+    elif index.is_file():
+        files = sorted({folder / Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
+        if absent := [shard.name for shard in files if not shard.is_file()]:
             raise FileNotFoundError(f"{folder}: shard {absent[0]} named in {index.name} is missing; fetch it")
-        files = sorted(shards)
+    elif len(files) > 1:
+        raise ValueError(f"{folder}: {len(files)} safetensors files and no {index.name}; fetch the index too")
     tensors = {}
     for file in files:
         try:

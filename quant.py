@@ -208,12 +208,13 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128)
 
     weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
     -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
-    damp: share of H's mean diagonal added to it. block: columns whose corrections to the rest are applied at once,
-    which changes nothing but the speed.
+    damp: share of H's mean diagonal added to it. block: columns whose corrections to the rest are applied at once;
+    only the speed depends on it, unless a group is wider than a block: its scale is then set before all corrections.
     Returns (qweight, qzeros, scales, g_idx) in the v1 format, symmetric (z = 8), on the weight's device.
     """
     N, K = weight.shape
     group_size = K if group_size == -1 else group_size
+    block -= block % group_size if group_size < block else 0  # groups begin where blocks do
     W, H = weight.detach().float().clone(), hessian.float().clone()
     dead = H.diagonal() == 0  # inputs that were always 0: any value does, 0 is exact
     H[dead, dead] = 1
@@ -230,7 +231,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128)
         end = min(start + block, K)
         error = torch.zeros(N, end - start, device=W.device)
         for k in range(start, end):
-            if k % group_size == 0:  # weights of this group beyond the block await its corrections; close enough
+            if k % group_size == 0:
                 scales[k // group_size] = symmetric_scale(W[:, k : k + group_size])
             s = scales[k // group_size]  # (N,)
             Q[:, k] = (W[:, k] / s).round().clamp(-8, 7) + 8

@@ -287,7 +287,7 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --data samsum": "data/samsum: no such folder",
     "mle --max-new-tokens 2": "--max-new-tokens",
     "mle --max-input-tokens 2": "--max-input-tokens",
-    "mle --lora-targets q_proj,nose": "--lora-targets nose: no such projection",
+    "mle --lora-targets q_proj,nose": "nose",
     "ppo": "run: python lastmile.py reward",
     "ppo --init mle --reward REWARD": "run: python lastmile.py mle",
     "eval": "run: python lastmile.py mle",

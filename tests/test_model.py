@@ -177,6 +177,16 @@ def test_tokens_are_drawn_at_their_probabilities(temperature, top_k, top_p, kept
     assert chi_square < {6: 20.5, 3: 13.8}[kept]  # 5 and 2 degrees of freedom
 
 
+@pytest.mark.parametrize("u, token", [(0.0, 1), (1 - 2**-24, 3)])
+def test_the_ends_of_the_distribution(monkeypatch, u, token):
+    """The least and the greatest number that torch.rand can draw pick the first and the last token of those kept, not
+    a neighbour of probability 0.
+    """
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, u))
+    logits = torch.tensor([[-9.0, 1, 0, 1, -9]])
+    assert model.pick(logits, 1.0, 2, 1.0, None).tolist() == [token]
+
+
 def test_rows_end_with_eos_or_at_the_cap():
     """EOS is kept, for it is an action with a reward, and nothing comes after it; the rest stop at the cap."""
     llama = ours(eos_token_id=tuple(range(10)))
@@ -225,6 +235,17 @@ def test_dtype_is_the_callers(tmp_path):
     assert {p.dtype for p in llama.parameters()} == {torch.bfloat16}
     h = llama(tokens_of(1, 4))
     assert h.dtype == torch.bfloat16 and llama.logits(h).dtype == torch.float32
+
+
+def test_redundant_tensors_are_passed_over(tmp_path):
+    """Old checkpoints carry rotary frequencies and a copy of a tied head: both known and no reason to refuse."""
+    llama, tokens = ours(tie_word_embeddings=True), tokens_of(2, 12)
+    model.save(llama, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(logits(model.load(tmp_path), tokens), logits(llama, tokens))
 
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"

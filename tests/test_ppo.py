@@ -247,7 +247,7 @@ def test_stacked_pass_equals_three(actors):
     """One pass over rows of three adapters gives the values and gradients of three passes; the reward gets none."""
     batch = random_batch(4, 1, 9, 6)
     logp, _, value, score = ppo.actor_critic(actors, batch)
-    apart = ppo.token_logp(actors, actors(batch.tokens, "policy"), batch)[0]
+    apart = ppo.token_logp(ppo.response_logits(actors, actors(batch.tokens, "policy"), batch), batch)
     h = ppo.before(actors(batch.tokens, "value"), batch.mask)
     apart_value = ppo.fill(batch.mask, actors.scalar(h, "value"))
     judged = actors.scalar(actors(batch.tokens, "reward"), "reward") * batch.mask
@@ -290,6 +290,8 @@ def test_trajectory_adds_up():
     assert torch.equal(traj.reward, reward) and torch.equal(traj.logp_old, logp) and torch.equal(traj.value, value)
     assert torch.equal(traj.adv, ppo.gae(reward, value, batch.mask, 0.9, 0.5))
     assert torch.equal(traj.ret, ppo.returns(reward, batch.mask, 0.9))
+    plain, white = (ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, whitened=w) for w in (False, True))
+    assert torch.equal(white.adv, ppo.whiten(plain.adv, batch.mask)) and torch.equal(white.ret, plain.ret)
 
 
 def test_statistics_by_hand():
