@@ -107,7 +107,7 @@ def read_rows(file):
     if file.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"{file}: unknown file type; --data reads .csv and .jsonl")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
     lines, number = io.StringIO(text, newline=""), 0  # splits at \n and \r only: U+2028 may stand inside a string

@@ -170,18 +170,21 @@ def stage_folder(settings, stage):
         raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
     partial = final.with_name(f"{stage}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    ours = not final.parent.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
     except (ValueError, OSError):
         with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
             partial.rmdir()
-            final.parent.rmdir()
+            if ours:
+                final.parent.rmdir()
         raise
     # A model's own config.json is Hugging Face's: there the settings lie beside it.
     name = "settings.json" if (partial / "config.json").exists() else "config.json"
     write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
     replaced = final.with_name(f"{stage}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     partial.rename(final)

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 
 import lastmile  # noqa: E402
 
+torch.set_num_threads(1)  # models this small only wait for a second thread
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -301,3 +301,32 @@ def test_quantised_folder_equals_its_dense_twin(run_folder):
     assert sum(isinstance(m, quant.QuantLinear) for m in packed.modules()) == 2 * 7  # all projections of two blocks
     tokens = torch.arange(3, 51).view(2, 24)
     torch.testing.assert_close(packed.logits(packed(tokens)), dense.logits(dense(tokens)), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU, the same kernels compiled
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 7, quant.KERNEL_ROWS, quant.KERNEL_ROWS + 1, 300])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+def test_the_layer_on_a_gpu(rows, dtype, tolerance):
+    """Both sides of the switch between packed kernel and cuBLAS, forward and backward, against the dense weight: what
+    the interpreter cannot show is whether the compiled kernel, and bf16 at all, say the same."""
+    layer = random_layer(512, 192, group_size=128, act_order=True).cuda()
+    W = quant.dequantize(*(t.cpu() for t in (layer.qweight, layer.qzeros, layer.scales, layer.g_idx)), 1).cuda()
+    x = torch.randn(rows, 512, device="cuda").to(dtype).requires_grad_()
+    y, exact = layer(x), x.detach().float() @ W
+    assert (y.float() - exact).norm() < tolerance * exact.norm()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    exact = dy.float() @ W.T
+    assert (x.grad.float() - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.gpu
+def test_a_quantised_model_on_a_gpu(run_folder):
+    """Greedy continuations on the GPU are those of the CPU, in fp32: cache, kernels and sampler together."""
+    prompts = [[1, 300, 301], [1, 400, 401, 402, 403]]
+    answers = [model.sample(model.load(run_folder / "base", d), prompts, None, 12, 0) for d in ("cpu", "cuda")]
+    assert answers[0] == answers[1]
