@@ -68,21 +68,27 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Pretrain(Common):
+class Schedule(Common):
+    batch_size: int = opt(7, "rows a step (P 3.1)", least=1)
+    learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=3e-3, above=0)
+    epochs: int = opt(1, "passes over the data (P 3.1)", least=1)
+    max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
+    train_examples: int = opt(0, "training examples drawn by seed; 0: all, of xsum 15,000 (P 4.2)", least=0)
+    max_grad_norm: float = opt(1.0, "gradient norm above which an adapter's is scaled down (choice: HF's)", above=0)
+    log_every: int = opt(10, "steps between updates of the progress line (and, in ppo, of the KL to the base)", least=1)
+
+
+@dataclass(frozen=True)
+class Pretrain(Schedule):
     vocab_size: int = opt(1024, "pieces of the tokenizer, 256 of them bytes", least=300)
     hidden_size: int = opt(128, "width C", least=8)
     intermediate_size: int = opt(352, "width of the MLP, 8/3 C rounded to 32", least=8)
     num_hidden_layers: int = opt(4, "blocks", least=1)
     num_attention_heads: int = opt(4, "query heads", least=1)
     num_key_value_heads: int = opt(4, "key and value heads", least=1)
-    batch_size: int = opt(8, "rows a step", least=1)
-    learning_rate: float = opt(3e-3, "peak, cosine to 0", above=0)
+    batch_size: int = opt(8, "rows a step (choice: small, a tiny model wants steps)", least=1)
+    learning_rate: float = opt(3e-3, "peak, cosine to 0 (choice)", above=0)
     warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
-    epochs: int = opt(1, "passes over the data", least=1)
-    max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
-    train_examples: int = opt(0, "examples drawn by seed; 0: all", least=0)
-    max_grad_norm: float = opt(1.0, "gradient norm above which it is scaled down", above=0)
-    log_every: int = opt(10, "steps between updates of the progress line", least=1)
 
 
 @dataclass(frozen=True)
@@ -94,18 +100,11 @@ class Quantize(Common):
 
 
 @dataclass(frozen=True)
-class Training(Common):
-    batch_size: int = opt(7, "rows a step (P 3.1)", least=1)
-    learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=3e-3, above=0)
-    epochs: int = opt(1, "passes over the data (P 3.1)", least=1)
-    max_steps: int = opt(0, "stop after this many steps, whatever --epochs says; 0: do not", least=0)
-    train_examples: int = opt(0, "training examples drawn by seed; 0: all, of xsum 15,000 (P 4.2)", least=0)
-    max_grad_norm: float = opt(1.0, "gradient norm above which an adapter's is scaled down (choice: HF's)", above=0)
+class Training(Schedule):
     lora_r: int = opt(32, "rank (P 3.1)", least=1)
     lora_alpha: float = opt(16.0, "the low-rank term is scaled by alpha / r (P 3.1)", above=0)
     lora_targets: str = opt("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
                             "projections that carry adapters (choice: all seven)")  # fmt: skip
-    log_every: int = opt(10, "steps between updates of the progress line (and, in ppo, of the KL to the base)", least=1)
 
 
 @dataclass(frozen=True)
@@ -245,11 +244,16 @@ def prepare(settings, split, tokenizer, template, examples=0, append_eos=True):
         raise ValueError(
             f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
         )
-    if 0 < examples < len(kept):
-        drawn = torch.randperm(len(kept), generator=generator(settings, "examples", split))[:examples]
-        kept = [kept[i] for i in sorted(drawn.tolist())]
-        print(f"{split}: {examples} of them drawn by seed {settings.seed}")
-    return kept
+    return drawn(settings, split, kept, examples)
+
+
+def drawn(settings, split, rows, examples):
+    """That many of the rows, drawn by seed, in their order; all of them where examples is 0."""
+    if not 0 < examples < len(rows):
+        return rows
+    print(f"{split}: {examples} of them drawn by seed {settings.seed}")
+    order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
+    return [rows[i] for i in sorted(order[:examples].tolist())]
 
 
 def schedule(rows, settings, warmup_steps=0):
@@ -329,7 +333,7 @@ def pretrain(settings):
         (folder / "template.txt").write_text(template)
         rows, _ = data.encode(examples, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens)
         print(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
-        rows = rows[: settings.train_examples or None]
+        rows = drawn(settings, "pretrain", rows, settings.train_examples)
         rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
         config = model.LlamaConfig(
             tokenizer.vocab_size, C, settings.intermediate_size, settings.num_hidden_layers, H, J, C // H,
