@@ -558,7 +558,7 @@ def evaluate(settings):
             name: {metric: interval(values, settings.seed) for metric, values in found.items()}
             for name, found in examples.items()
         })  # fmt: skip
-        facts = {"data": settings.data, "model": settings.model, "seed": settings.seed, "commit": commit(),
+        facts = {"data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
                  "n": len(rows), "bleurt": note}  # fmt: skip
         write_json(folder / "facts.json", facts)
     print(f"\n{rows[0].source}\n\nreference: {references[0]}")
