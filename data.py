@@ -425,7 +425,7 @@ SMALL_TALK = [
     ("How are you?", "I am fine, thanks."), ("How is work?", "Busy as always."), ("Did you sleep well?", "Not really."),
     ("What a day!", "Yes, it is so hot."), ("How is your sister?", "She is in Paris now."), ("Any news?", "Not much."),
 ]  # fmt: skip
-TOY_SIZES = {"pretrain": 9000, "train": 3500, "validation": 300, "test": 300}
+TOY_SIZES = {"pretrain": 9000, "train": 2700, "validation": 300, "test": 300}
 
 
 def toy(split):

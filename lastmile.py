@@ -110,6 +110,7 @@ class Training(Schedule):
 @dataclass(frozen=True)
 class Reward(Training):
     batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
+    epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
 
