@@ -345,8 +345,7 @@ def pretrain(settings):
         journal = Journal(folder, "pretrain", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings, settings.warmup_steps):
             batch = data.collate([rows[i] for i in index], settings.device)
-            logp = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens), batch), batch)
-            loss = ppo.mle_loss(logp, batch.mask)
+            loss = ppo.mle_loss(ppo.policy_logp(llama, batch), batch.mask)
             norm = update(loss, rate)
             journal.write(step, total, batch.mask.sum().item(), loss=loss.item(), grad_norm=norm, learning_rate=rate)
         model.save(llama, folder)
@@ -442,8 +441,7 @@ def train_mle(settings):
         journal = Journal(folder, "mle", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings):
             batch = data.collate([rows[i] for i in index], settings.device)
-            logp = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens, "mle"), batch), batch)
-            loss = ppo.mle_loss(logp, batch.mask)
+            loss = ppo.mle_loss(ppo.policy_logp(llama, batch, "mle"), batch.mask)
             norm = update(loss, rate)
             journal.write(step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate)
         llama.save_adapter("mle", folder, settings.model)
@@ -458,7 +456,9 @@ def train_ppo(settings):
         llama.load_adapter("reward", settings.reward, head=True)
         targets = settings.lora_targets.split(",")
         if settings.init == "mle":
-            mle = need(Path(settings.output_dir) / "mle", f"mle --data {settings.data}")
+            mle = need(
+                Path(settings.output_dir) / "mle", f"mle --data {settings.data} --output-dir {settings.output_dir}"
+            )
             llama.load_adapter("policy", mle)
         else:
             llama.add_adapter("policy", settings.lora_r, settings.lora_alpha, targets, generator(settings, "policy"))
@@ -494,7 +494,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
             kl = None
             if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
                 with torch.inference_mode():
-                    base = ppo.token_logp(ppo.response_logits(llama, llama(batch.tokens), batch), batch)
+                    base = ppo.policy_logp(llama, batch)
                 difference = logp.detach() - base
                 numbers["kl"] = ppo.masked_mean(difference, batch.mask).item()
                 kl = settings.kl_coef * difference if settings.kl_coef else None

@@ -478,8 +478,8 @@ def initialize(config, generator):
     """A dense Llama with fresh weights, ready for pretraining.
 
     Projections: normal, std 1/sqrt(inputs), the two that write to the residual stream smaller by sqrt(2 x blocks).
-    Embeddings: std 1, so that a small model tells its tokens apart from the first step (with the usual 0.02, the toy's
-    base needs twice the steps until it copies names from its input).
+    Embeddings: std 1, so that a small model tells its tokens apart from the first step; with the usual 0.02 it
+    learns to copy from its input much later.
     """
     llama = Llama(config)
     for name, parameter in llama.named_parameters():

@@ -152,6 +152,11 @@ def token_logp(logits, batch):
     return fill(batch.mask, -F.cross_entropy(logits, batch.tokens[batch.mask], reduction="none"))
 
 
+def policy_logp(llama, batch, adapter=None):
+    """log pi of the response tokens under an adapter, from one pass over the batch: (B, T)."""
+    return token_logp(response_logits(llama, llama(batch.tokens, adapter), batch), batch)
+
+
 def token_entropy(logits, batch):
     """Entropy of the distributions that the response tokens were drawn from: (n, V) -> (B, T)."""
     logp = torch.log_softmax(logits, dim=-1)  # (n, V)
