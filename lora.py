@@ -17,6 +17,7 @@ LoRA: Hu et al. 2021, arXiv 2106.09685.
 Dimensions: B batch, T time, K input width, N output width, R rank.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -53,6 +54,12 @@ class LoRALinear(nn.Module):
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
         return F.linear(F.linear(x, A), B) * self.scaling[name]  # (…, N)
 
+    def merged(self, weight, name):
+        """The base's weight with an adapter folded in: (N, K) fp32 -> (N, K) fp32."""
+        if name not in self.lora_A:
+            return weight
+        return weight + self.scaling[name] * (self.lora_B[name] @ self.lora_A[name]).to(weight)
+
     def forward(self, x, adapter=None):  # (B, T, K) -> (B, T, N)
         y = self.base(x)
         if adapter is None or not self.lora_A:
@@ -69,12 +76,13 @@ class LoRALinear(nn.Module):
 
 
 def add_adapter(module, name, r, alpha, targets, generator):
-    """Add adapter `name` to every LoRALinear whose last name part is in targets, for example ["q_proj", "v_proj"]."""
-    chosen = [layer for path, layer in lora_layers(module) if path.rpartition(".")[2] in targets]
-    missing = set(targets) - {path.rpartition(".")[2] for path, _ in lora_layers(module)}
-    if missing or not chosen:
-        raise ValueError(f"LoRA targets: {','.join(sorted(missing)) or 'none'}: no such projection in this model")
-    for layer in chosen:
+    """Add adapter `name` to every LoRALinear whose path is, or ends in, one of targets, for example ["q_proj"]."""
+    hits = {target: [layer for path, layer in lora_layers(module) if f".{path}".endswith(f".{target}")]
+            for target in targets}  # fmt: skip
+    missing = sorted(target for target, layers in hits.items() if not layers)
+    if missing or not targets:
+        raise ValueError(f"LoRA targets: {','.join(missing) or 'none'}: no such projection in this model")
+    for layer in dict.fromkeys(itertools.chain(*hits.values())):  # once each, though two targets may name it
         layer.add(name, r, alpha, generator)
 
 
@@ -115,39 +123,57 @@ def save_adapter(module, name, folder, base_name, head=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+# What else a PEFT config may say that would change the maths; each must be as here, or absent.
+PLAIN = {
+    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
+    "use_qalora": False, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
+    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+    "alora_invocation_tokens": None, "arrow_config": None,
+}  # fmt: skip
+
+
 def load_adapter(module, name, folder):
-    """Add the adapter saved in a folder, under the given name, frozen. Returns its head's weight (1, C), or None.
+    """Add the adapter of a folder, ours or PEFT's, under the given name, frozen. Returns its head (1, C), or None.
 
     The keys must be exactly those that the config promises for this model: a file that fits in part would leave
     layers silently unadapted. Raises FileNotFoundError or ValueError with the file and what is wrong.
     """
     folder = Path(folder)
-    file = folder / "adapter_model.safetensors"
-    for needed in (folder / "adapter_config.json", file):
+    place, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for needed in (place, file):
         if not needed.is_file():
-            raise FileNotFoundError(f"{needed}: no such file; {folder} is not an adapter folder")
+            why = f"{folder} is not an adapter folder"
+            if (folder / "adapter_model.bin").is_file():
+                why = "adapter_model.bin is a pickle and never opened; save it again with a current PEFT"
+            raise FileNotFoundError(f"{needed}: no such file; {why}")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads(place.read_text(encoding="utf-8-sig"))
         r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
         tensors = load_file(file)
-        if r < 1 or not isinstance(targets, list):
-            raise TypeError(f"r {r}, target_modules {targets!r}: a rank of at least 1 and a list are needed")
-    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        if r < 1 or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise TypeError(f"r {r}, target_modules {targets!r}: a rank of at least 1 and a list of names are needed")
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
-    for flag in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-        if config.get(flag):
-            raise ValueError(f"{folder}/adapter_config.json: {flag}={config[flag]} changes the maths; not supported")
+    for flag, plain in PLAIN.items():
+        if config.get(flag) not in (None, False, plain):
+            raise ValueError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
+    extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
+    if extra:
+        raise ValueError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
+    if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(r) instead of alpha / r
+        alpha *= math.sqrt(r)
     try:
         add_adapter(module, name, r, alpha, targets, torch.Generator())
     except ValueError as error:
-        raise ValueError(f"{folder}/adapter_config.json: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
     head = tensors.pop(f"{PREFIX}score.weight", None)
     parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     wrong = set(tensors) ^ set(parameters)
     wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
+    wrong |= {key for key in tensors if not tensors[key].isfinite().all()}
     if wrong:
         raise ValueError(
-            f"{file}: {len(wrong)} tensors are missing, extra or of another shape than this base needs, "
+            f"{file}: {len(wrong)} tensors are missing, extra, not finite or of another shape than this base needs, "
             f"first {min(wrong)}; was it trained on another model?"
         )
     with torch.no_grad():

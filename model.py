@@ -17,6 +17,9 @@ Dimensions: B batch, T time, C width, H query heads, J key/value heads, D head s
 """
 
 import json
+import math
+import re
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,8 +29,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, save_adapter
-from quant import QuantLinear, quantize_blocks
+from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, save_adapter
+from quant import QuantLinear, find_zero_offset, quantize_blocks, read_quantize_config
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields of a Hugging Face config.json that the forward pass needs, under the same names
@@ -44,70 +47,102 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=dict)  # {} or Llama 3's, see `rope_frequency`
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int = 1
     eos_token_id: tuple = (2,)
-    quantization: dict = field(default_factory=dict)  # {} or {"bits", "group_size", "zero_offset"}
+    quantization: dict = field(default_factory=dict)  # {} or what quant.read_quantize_config returns
+
+
+FAMILIES = {  # model_type: what transformers takes where a config.json of that family is silent
+    "llama": {"num_key_value_heads": None, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+}
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_config(folder):
     """LlamaConfig of a model folder. Raises FileNotFoundError or ValueError naming file, field and remedy."""
-    file = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
+    folder, file = Path(folder), Path(folder) / "config.json"
+    if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no such model folder; put a Llama there (config.json, *.safetensors, tokenizer.model), or name "
-            f"another: --model FOLDER"
+            f"{folder}: no such model folder; name one that holds config.json, *.safetensors and a tokenizer, or a "
+            f"model of the Hub: --model OWNER/NAME"
         )
     raw = read_json(file)
-    if raw.get("model_type") != "llama":
-        raise ValueError(f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads 'llama'")
-    for flag in ("attention_bias", "mlp_bias"):
-        if raw.get(flag):
-            raise ValueError(f"{file}: {flag} is not supported; take a Llama without biases")
+    if raw.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads llama, and mistral without "
+            f"sliding window"
+        )
+    raw = FAMILIES[raw["model_type"]] | raw
+    if raw["sliding_window"] is not None:
+        raise ValueError(
+            f"{file}: sliding_window {raw['sliding_window']} is not supported; take a version without, as Mistral is "
+            f"from v0.2 on"
+        )
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the new and the old spelling
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **scaling}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model without rope scaling")
-    eos = raw.get("eos_token_id", 2)
-    if not eos or not all(isinstance(token, int) for token in (eos if isinstance(eos, list) else [eos])):
-        raise ValueError(f"{file}: eos_token_id {eos!r} is no token; set it to the id that ends an output")
     try:
         heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+        theta, scaling = read_rope(file, raw)
         config = LlamaConfig(
             vocab_size=int(raw["vocab_size"]), hidden_size=width, intermediate_size=int(raw["intermediate_size"]),
             num_hidden_layers=int(raw["num_hidden_layers"]), num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+            num_key_value_heads=int(raw["num_key_value_heads"] or heads),
             head_dim=int(raw.get("head_dim") or width // heads), rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope["rope_theta"]), max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+            rope_theta=theta, rope_scaling=scaling,
+            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,), quantization=read_quantization(folder, raw),
+            attention_bias=bool(raw.get("attention_bias", False)), mlp_bias=bool(raw.get("mlp_bias", False)),
+            bos_token_id=raw.get("bos_token_id", 1), eos_token_id=read_eos(folder, raw),
+            quantization=read_quantization(folder, raw),
         )  # fmt: skip
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{file}: missing or malformed field: {error}; fetch the file again") from None
-    if config.num_attention_heads % config.num_key_value_heads:
+    numbers = {name: value for name, value in asdict(config).items() if type(value) in (int, float)}
+    numbers.pop("bos_token_id", None)
+    if wrong := [name for name, value in numbers.items() if not value > 0]:
+        raise ValueError(f"{file}: {wrong[0]} is {numbers[wrong[0]]}, must be above 0; fetch the file again")
+    if heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
-            f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {config.num_key_value_heads}"
+            f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+            f"{config.num_key_value_heads}, or head_dim {config.head_dim} is odd; fetch the file again"
         )
     return config
 
 
+def read_rope(file, raw):
+    """(theta, {} or Llama 3's scaling), in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = found.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if raw.get("rope_theta", theta) != theta:
+        raise ValueError(f"{file}: rope_theta {raw['rope_theta']}, but rope_parameters says {theta}; keep the true one")
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model with 'default' or 'llama3'")
+    return float(theta), {name: float(found[name]) for name in ROPE_SCALING} if kind == "llama3" else {}
+
+
+def read_eos(folder, raw):
+    """All ids that end an output, the last word being generation_config.json's where there is one."""
+    file = folder / "generation_config.json"
+    eos = [raw.get("eos_token_id", 2), read_json(file).get("eos_token_id") if file.is_file() else None]
+    eos = [token for ids in eos if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+    if not eos or not all(type(token) is int for token in eos):
+        raise ValueError(f"{folder}/config.json: eos_token_id {eos} is no token; set it to the id that ends an output")
+    return tuple(dict.fromkeys(eos))
+
+
 def read_quantization(folder, raw):
-    """{} for an unquantised model, else {"bits", "group_size", "zero_offset"}."""
-    file = Path(folder) / "quantize_config.json"
-    found = raw.get("quantization_config") or (read_json(file) if file.is_file() else None)
-    if not found:
-        return {}
-    method = found.get("quant_method", found.get("method", "gptq"))
-    version = found.get("checkpoint_format", found.get("format", "gptq"))
-    if method != "gptq" or version not in ("gptq", "gptq_v2") or found.get("bits") != 4:
-        raise ValueError(
-            f"{folder}: quantised by {method!r} ({version!r}, {found.get('bits')} bits); lastmile reads 4-bit GPTQ "
-            f"(gptq, gptq_v2) and unquantised fp16, bf16 and fp32"
-        )
-    return {"bits": 4, "group_size": int(found["group_size"]), "zero_offset": 1 if version == "gptq" else 0}
+    """{} for an unquantised model, else its settings; several files may hold them, and must then agree."""
+    names = ("quantize_config.json", "quant_config.json")
+    found = {folder / "config.json": raw.get("quantization_config") or {}}
+    found |= {folder / name: read_json(folder / name) for name in names if (folder / name).is_file()}
+    return read_quantize_config(found)
 
 
 def read_json(file):
@@ -137,9 +172,26 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_table(positions, D, theta):
+def rope_frequency(config, device):
+    """Radians a position by which each pair of dimensions turns: (D/2,).
+
+    Llama 3.1 stretches a shorter context by slowing down the slow pairs: those that turn less than low_freq_factor
+    times within the original context become `factor` times slower, those that turn more than high_freq_factor times
+    stay, those between are mixed.
+    """
+    D, scaling = config.head_dim, config.rope_scaling
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, device=device).float() / D)
+    if scaling:
+        turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        stays = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (stays + (1 - stays) / scaling["factor"])
+    return frequency
+
+
+def rope_table(positions, config):
     """cos and sin of every position's angles: (…, T) -> two (…, 1, T, D), in fp32 (a bf16 angle is off by radians)."""
-    frequency = theta ** (-torch.arange(0, D, 2, device=positions.device).float() / D)  # (D/2,)
+    frequency = rope_frequency(config, positions.device)  # (D/2,)
     angle = positions.float()[..., None, :, None] * frequency  # (…, 1, T, D/2)
     angle = torch.cat([angle, angle], dim=-1)  # (…, 1, T, D): dimension i and i + D/2 share an angle
     return angle.cos(), angle.sin()
@@ -224,16 +276,18 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
-def dense_linear(name, K, N):
-    return nn.Linear(K, N, bias=False)
+def has_bias(config, name):
+    """Whether config.json gives a projection a bias, name as in "model.layers.0.mlp.up_proj"."""
+    return config.mlp_bias if ".mlp." in name else config.attention_bias
 
 
 class Llama(nn.Module):
     """A Llama with named adapters and scalar heads. `linear(name, K, N)` makes the projections, dense or 4-bit."""
 
-    def __init__(self, config, linear=dense_linear):
+    def __init__(self, config, linear=None):
         super().__init__()
         self.config = config
+        linear = linear or (lambda name, K, N: nn.Linear(K, N, has_bias(config, name)))
         V, C = config.vocab_size, config.hidden_size
         blocks = [
             Block(config, lambda name, K, N, i=i: linear(f"model.layers.{i}.{name}", K, N))
@@ -254,7 +308,7 @@ class Llama(nn.Module):
         positions = torch.arange(T, device=tokens.device)  # (T,)
         if cache is not None and T == 1:
             positions = cache.length[:, None]  # (B, 1)
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)  # (…, 1, T, D)
+        cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             x = block(x, cos, sin, adapter, cache, i)
@@ -368,25 +422,33 @@ def pick(logits, temperature, top_k, top_p, generator):
 # Files
 
 
-def load(folder, device="cpu", dtype=torch.float32):
+def load(folder, device="cpu", dtype=torch.float32, weights=True):
     """Load a Llama from a Hugging Face folder: dense or 4-bit GPTQ, one safetensors file or shards.
 
     Every tensor the model needs must be there, in its shape, and nothing else but what is known to be redundant.
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
+    weights=False reads names, types and shapes alone, from the files' headers: a model on the meta device.
     Raises FileNotFoundError or ValueError with the folder, the tensor and the remedy.
     """
     folder = Path(folder)
     config = read_config(folder)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, weights)
+    packed = config.quantization
+    for name in [name for name in tensors if name.endswith(".qweight") and tensors[name].dim() == 2]:
+        if not packed:
+            raise ValueError(f"{folder}: {name} is 4-bit, but no quantization_config says how; fetch the model again")
+        if not packed["act_order"]:  # then a file may leave out the order of the groups
+            K = 8 * len(tensors[name])
+            order = torch.arange(K, dtype=torch.int32) // (packed["group_size"] if packed["group_size"] > 0 else K)
+            tensors.setdefault(name.replace(".qweight", ".g_idx"), order)
 
     def linear(name, K, N):
         if f"{name}.qweight" not in tensors:
-            return dense_linear(name, K, N)
-        if not config.quantization:
-            raise ValueError(f"{folder}: {name}.qweight is 4-bit, but no quantization_config says how; fetch it again")
-        return QuantLinear(
-            K, N, config.quantization["group_size"], f"{name}.bias" in tensors, config.quantization["zero_offset"]
-        )
+            return nn.Linear(K, N, has_bias(config, name))
+        if K % 8 or N % 8:
+            raise ValueError(f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; take it unquantised")
+        bias = f"{name}.bias" in tensors or has_bias(config, name)
+        return QuantLinear(K, N, packed["group_size"], bias, packed["zero_offset"])
 
     with torch.device("meta"):
         llama = Llama(config, linear)
@@ -397,53 +459,130 @@ def load(folder, device="cpu", dtype=torch.float32):
     for name in redundant:
         tensors.pop(name, None)
     for name in sorted(set(expected) | set(tensors)):
-        problem = (
-            "missing" if name not in tensors
-            else "not part of this model" if name not in expected
-            else f"of shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
-            if tensors[name].shape != expected[name].shape
-            else None
-        )  # fmt: skip
-        if problem:
+        if problem := misfit(tensors.get(name), expected.get(name)):
             raise ValueError(f"{folder}: tensor {name} is {problem}; fetch the model again")
     floats = (name for name in tensors if tensors[name].is_floating_point() and not name.endswith(".scales"))
     for name in floats:
         tensors[name] = tensors[name].to(dtype)
     state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
-    return llama.to(device).requires_grad_(False)
+    if weights and packed:
+        inspect_packed(llama, folder)
+    return llama.to(device if weights else "meta").requires_grad_(False)
 
 
-def read_tensors(folder):
-    """{name: tensor} of all safetensors files of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not files:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder}: no *.safetensors among {found}; convert or fetch the model as safetensors")
-    if single.is_file():
-        files = [single]  # other files beside it, an adapter say, are no part of the model
-    elif index.is_file():
-        files = sorted({folder / Path(str(name)).name for name in read_json(index).get("weight_map", {}).values()})
-        if absent := [shard.name for shard in files if not shard.is_file()]:
-            raise FileNotFoundError(f"{folder}: shard {absent[0]} named in {index.name} is missing; fetch it")
-    elif len(files) > 1:
-        raise ValueError(f"{folder}: {len(files)} safetensors files and no {index.name}; fetch the index too")
-    tensors = {}
+def misfit(found, expected):
+    """How a tensor of a file differs from what the model needs, or None."""
+    if found is None or expected is None:
+        return "missing" if found is None else "not part of this model"
+    if found.shape != expected.shape:
+        return f"of shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    if found.dtype not in (floats if expected.is_floating_point() else (expected.dtype,)):
+        return f"of type {found.dtype}, expected {'floats' if expected.is_floating_point() else expected.dtype}"
+    return None
+
+
+def inspect_packed(llama, folder):
+    """Refuse 4-bit layers that hold nonsense, and settle what their zero points mean."""
+    layers = {name.replace(".base", ""): m for name, m in llama.named_modules() if isinstance(m, QuantLinear)}
+    for name, layer in layers.items():
+        if problem := layer.problem():
+            raise ValueError(f"{folder}: {name}.{problem}; fetch the model again")
+        if layer.bias is not None and not has_bias(llama.config, name):
+            if layer.bias.any():
+                raise ValueError(f"{folder}: {name}.bias is not 0 and config.json declares none; fetch the model again")
+            layer.bias = None  # some versions of AutoGPTQ wrote zeros
+    try:
+        found = llama.config.quantization
+        qzeros = [layer.qzeros for layer in layers.values()]
+        offset, warning = find_zero_offset(qzeros, found["zero_offset"], found["sym"])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if warning:
+        print(f"lastmile.py: warning: {folder}: {warning}", file=sys.stderr)
+    for layer in layers.values():
+        layer.zero_offset = offset
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+
+
+def read_tensors(folder, weights=True):
+    """{name: tensor} of a folder's safetensors files; without weights, empty tensors on the meta device."""
+    files, weight_map = weight_files(folder)
+    tensors, place = {}, {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118
+                    place[name], part = file.name, opened.get_slice(name)
+                    tensors[name] = opened.get_tensor(name) if weights else torch.empty(
+                        part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.bool), device="meta"
+                    )  # fmt: skip
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}); fetch it again") from None
+            problem = what_it_is(file) or f"not a readable safetensors file ({error})"
+            raise ValueError(f"{file}: {problem}; fetch it again") from None
+    if weight_map and (wrong := weight_map.items() ^ place.items()):
+        name = min(wrong)[0]
+        raise ValueError(
+            f"{folder}: tensor {name} should be in {weight_map.get(name, 'no file')} and is in "
+            f"{place.get(name, 'none')}; fetch the model again"
+        )
     return tensors
+
+
+def weight_files(folder):
+    """([file, ...], {tensor: its file's name} or None): model.safetensors, or an index's shards, or a lone file."""
+    names = sorted(path.name for path in folder.iterdir())
+    files = [name for name in names if name.endswith(".safetensors")]
+    files = [name for name in files if not name.startswith(("consolidated", "adapter_"))]  # no parts of the model
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if "model.safetensors" in files:
+        return [folder / "model.safetensors"], None
+    if indices:
+        index = folder / indices[0]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: no weight_map; fetch it again")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # never a path
+                raise ValueError(f"{index}: {shard!r:.80} is not the name of a safetensors file; fetch it again")
+            if shard not in files:
+                raise FileNotFoundError(f"{folder}: shard {shard} named in {index.name} is missing; fetch it")
+        return [folder / shard for shard in sorted(set(weight_map.values()))], weight_map
+    if len(files) == 1:
+        return [folder / files[0]], None
+    if files:
+        raise ValueError(f"{folder}: {len(files)} safetensors files, no model.safetensors.index.json; fetch it too")
+    remedy = "fetch the model's *.safetensors"
+    if any(name.endswith(".gguf") for name in names):
+        remedy = "GGUF is not read; take the model's safetensors version"
+    elif any(name.startswith("consolidated") for name in names):
+        remedy = "Meta's own files are laid out differently; take the Hugging Face version"
+    elif any(name.endswith(PICKLES) for name in names):
+        remedy = "pickles can run code and are never opened; write safetensors with save_pretrained of transformers"
+    raise FileNotFoundError(f"{folder}: no *.safetensors among {', '.join(names) or 'nothing'}; {remedy}")
+
+
+def what_it_is(file):
+    """What a file that should hold weights holds in truth, where its first bytes tell, else ""."""
+    with open(file, "rb") as opened:
+        head = opened.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file it points to"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is an HTML page"
+    return "is a pickle, never opened," if head.startswith((b"\x80", b"PK")) else ""
 
 
 def save(llama, folder, quantization=None):
     """Write config.json and model.safetensors with Hugging Face's names. quantization: the quantization_config."""
     config = asdict(llama.config) | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "bos_token_id": 1,
-        "eos_token_id": list(llama.config.eos_token_id), "attention_bias": False, "mlp_bias": False,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "eos_token_id": list(llama.config.eos_token_id),
+        "rope_scaling": llama.config.rope_scaling | {"rope_type": "llama3"} if llama.config.rope_scaling else None,
         "torch_dtype": str(llama.model.embed_tokens.weight.dtype).removeprefix("torch."),
     }  # fmt: skip
     del config["quantization"]  # ours, as read; the file's own spelling follows
@@ -456,6 +595,46 @@ def save(llama, folder, quantization=None):
 
 
 @torch.no_grad()
+def merge(llama, adapter, dtype=torch.float16):
+    """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
+
+    Raises ValueError where a weight does not fit the dtype.
+    """
+    for path, layer in lora_layers(llama):
+        packed = isinstance(layer.base, QuantLinear)
+        weight = layer.base.weight(torch.float32).T if packed else layer.base.weight.float()
+        weight = layer.merged(weight, adapter).to(dtype)  # (N, K)
+        if not weight.isfinite().all():
+            raise ValueError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
+        dense = nn.Linear(*reversed(weight.shape), bias=layer.base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.contiguous())
+        if layer.base.bias is not None:
+            dense.bias = nn.Parameter(layer.base.bias)
+        layer.base = dense
+        layer.lora_A.clear()
+        layer.lora_B.clear()
+    llama.to(dtype)
+
+
+def kept_bytes(llama, B, T, adapter):
+    """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, base and adapters apart.
+
+    Counted by running the pass on the meta device: no weights, no work. llama: loaded with weights=False.
+    """
+    constant = {t.untyped_storage()._cdata for t in (*llama.parameters(), *llama.buffers())}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t  # once, however many operations share it
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter)
+    del h
+    return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in constant)
+
+
+@torch.no_grad()
 def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, progress=iter):
     """Quantise every projection of a dense Llama to 4 bits by GPTQ, in place; embeddings, norms and head stay.
 
@@ -464,7 +643,7 @@ def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, pro
     hidden = [llama.model.embed_tokens(torch.tensor([row], device=llama.device)) for row in calibration]  # (1, T, C)
 
     def run(block, x):
-        cos, sin = rope_table(torch.arange(x.shape[1], device=x.device), llama.config.head_dim, llama.config.rope_theta)
+        cos, sin = rope_table(torch.arange(x.shape[1], device=x.device), llama.config)
         return block(x, cos, sin)
 
     quantize_blocks(llama.model.layers, hidden, run, group_size, act_order, damp, progress)

@@ -15,7 +15,7 @@ Eight 4-bit numbers share an int32, the first in the lowest bits:
 Worked example: the rows 1, 2, ..., 8 of one column pack into the word 0x87654321.
 
 The trap of the format: checkpoints of version 1 ("gptq", nearly all there are) store z - 1, so zero_offset is 1;
-version 2 ("gptq_v2") stores z, so zero_offset is 0.
+version 2 ("gptq_v2") stores z, so zero_offset is 0. Some files bear the wrong label; `find_zero_offset` looks.
 
 `QuantLinear` is frozen. Its backward yields the gradient of the input only, from the packed tensors: a base that kept
 its dequantised weights for backward would not be a 4-bit base. On a CPU the weights are dequantised once and kept, the
@@ -65,6 +65,87 @@ def dequantize(qweight, qzeros, scales, g_idx, zero_offset):
     q = unpack_rows(qweight)  # (K, N)
     z = unpack_rows(qzeros.T.contiguous()).T + zero_offset  # (G, N)
     return (q - z[g_idx]).float() * scales.float()[g_idx]  # (K, N)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a checkpoint says of itself, and what it holds
+
+SYNONYMS = {  # ours: what AutoGPTQ, GPTQModel, transformers and gptq-triton call it
+    "method": ("quant_method", "method"),
+    "format": ("checkpoint_format", "format"),
+    "bits": ("bits", "wbits", "w_bit"),
+    "group_size": ("group_size", "groupsize", "q_group_size"),
+    "act_order": ("desc_act",),
+    "sym": ("sym",),
+}
+TAKE_ANOTHER = "take a 4-bit GPTQ version of the model, or make one: python lastmile.py quantize --model UNQUANTISED"
+
+
+def read_quantize_config(found):
+    """The settings of a 4-bit GPTQ checkpoint, from all the files that may hold them.
+
+    found: {file: its dict}; several files, and several spellings in one file, must agree. Keys that do not change how
+    the tensors are read are passed over. Returns {"group_size", "act_order", "sym" (None: not said), "zero_offset"},
+    or {} where nothing is found: not quantised. Raises ValueError with the file, the field and the remedy.
+    """
+    said = {}  # ours -> (value, where it was said)
+    for file, raw in found.items():
+        for name, spellings in SYNONYMS.items():
+            for spelling in spellings:
+                if raw.get(spelling) is None:
+                    continue
+                value = raw[spelling].lower() if isinstance(raw[spelling], str) else raw[spelling]
+                other, place = said.setdefault(name, (value, f"{file} ({spelling})"))
+                if other != value:
+                    raise ValueError(
+                        f"{file} ({spelling}): {value!r}, but {place} says {other!r}; keep the one that is true"
+                    )
+        if raw.get("is_marlin_format"):
+            raise ValueError(f"{file} (is_marlin_format): marlin is another layout; {TAKE_ANOTHER}")
+        if raw.get("load_in_4bit") or raw.get("load_in_8bit"):
+            raise ValueError(f"{file}: bitsandbytes is not supported; {TAKE_ANOTHER}")
+        if "zero_point" in raw or str(raw.get("version")).lower() in ("gemm", "gemv"):
+            raise ValueError(f"{file}: awq is not supported; {TAKE_ANOTHER}")
+        for field, plain in (("lm_head", False), ("dynamic", {}), ("pack_dtype", "int32")):
+            if raw.get(field) not in (None, False, plain):
+                raise ValueError(f"{file} ({field}): {raw[field]!r:.60} is not supported; {TAKE_ANOTHER}")
+    if not said:
+        return {}
+    where = next(iter(found))
+    for name, known, default in (("method", ("gptq",), "gptq"), ("format", ("gptq", "gptq_v2"), "gptq"),
+                                 ("bits", (4,), None)):  # fmt: skip
+        value, place = said.get(name, (default, where))
+        if value not in known or isinstance(value, bool):
+            raise ValueError(f"{place}: {name} {value!r} is not supported; {TAKE_ANOTHER}")
+    group_size, place = said.get("group_size", (None, where))
+    if type(group_size) is not int or group_size < -1 or group_size == 0:
+        raise ValueError(f"{place}: group_size {group_size!r} must be -1 or a positive number; fetch the file again")
+    version = said.get("format", ("gptq", ""))[0]
+    return {
+        "group_size": group_size, "act_order": bool(said.get("act_order", (False,))[0]),
+        "sym": said.get("sym", (None,))[0], "zero_offset": 1 if version == "gptq" else 0,
+    }  # fmt: skip
+
+
+def find_zero_offset(qzeros, claimed, sym):
+    """Decide by the label and by the zero points themselves: (zero_offset, a warning or "").
+
+    qzeros: the packed zeros of all layers; claimed: the label's zero_offset; sym: True, False or None (not said). A
+    symmetric checkpoint holds 7 everywhere in version 1 and 8 in version 2, whatever its label (vllm issue 38966).
+    Raises ValueError for a 15 in version 1: its z is 16 to some programs and 0 to others, who wrote it is not known.
+    """
+    count = sum(unpack_rows(z).flatten().bincount(minlength=16) for z in qzeros)  # (16,)
+    constant = int(count.argmax()) if int(count.max()) == int(count.sum()) else None
+    offset, warning = claimed, ""
+    if sym is not False and constant in (7, 8) and constant != 8 - claimed:
+        offset = 8 - constant
+        labels = {1: "gptq", 0: "gptq_v2"}
+        warning = f"labelled {labels[claimed]}, but the zero points are those of {labels[offset]}; read as such"
+    elif sym and constant is None:
+        warning = "sym is true, but the zero points differ; read as they are"
+    if offset and count[15]:
+        raise ValueError("a zero point of version 1 is 15, which programs read in two ways; convert it to gptq_v2")
+    return offset, warning
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,6 +260,14 @@ class QuantLinear(nn.Module):
         self.register_buffer("g_idx", torch.zeros(K, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(N) if bias else None)
         self.dense = None  # the CPU's cache, never saved
+
+    def problem(self):
+        """What is wrong with the loaded tensors, or "": numbers that would yield nonsense or read out of bounds."""
+        if not self.scales.isfinite().all() or not self.scales.any():
+            return "scales: not finite, or all 0"
+        if int(self.g_idx.min()) < 0 or int(self.g_idx.max()) >= len(self.scales):
+            return f"g_idx: groups {self.g_idx.min()} to {self.g_idx.max()}, expected 0 to {len(self.scales) - 1}"
+        return ""
 
     def weight(self, dtype):
         """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product."""

@@ -172,7 +172,6 @@ DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it 
     "other rank in the config": (lambda c, t: c.update(r=2), "another shape"),
     "no rank": (lambda c, t: c.pop("r"), "'r'"),
     "dora": (lambda c, t: c.update(use_dora=True), "use_dora"),
-    "rslora": (lambda c, t: c.update(use_rslora=True), "use_rslora"),
     "rank pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
     "alpha pattern": (lambda c, t: c.update(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
     "fewer targets": (lambda c, t: c.update(target_modules=["q_proj"]), "extra"),
