@@ -19,8 +19,11 @@ import hashlib
 import io
 import json
 import random
+import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +54,27 @@ class Example:
     target: str
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A data set of the Hugging Face Hub; in `files`, {split} stands for train, validation or test."""
+
+    repo: str
+    files: str
+    revision: str = "main"
+
+
+PRESETS = {
+    "samsum": Preset("knkarthick/samsum", "{split}.csv"),  # Samsung/samsum was withdrawn in 2025
+    "dialogsum": Preset("knkarthick/dialogsum", "{split}.csv"),
+    # Sets that came with a loading script; the Hub keeps them as parquet on a branch of its own.
+    "xsum": Preset("EdinburghNLP/xsum", "default/{split}/*.parquet", "refs/convert/parquet"),
+    "cnn_dailymail": Preset("abisee/cnn_dailymail", "3.0.0/{split}/*.parquet", "refs/convert/parquet"),
+}
 COLUMNS = [  # the pairs of column names that are found without being named
     ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
     ("prompt", "completion"), ("input", "output"),
 ]  # fmt: skip
-PRESETS = {"samsum": "data/samsum", "xsum": "data/xsum"}  # name -> the folder where the README says to put it
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a lone file
 FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is below some news articles
@@ -64,24 +83,38 @@ FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is 
 def load(name_or_path, split, input_column=None, target_column=None):
     """All examples of one split.
 
-    name_or_path: "toy" (made on the spot), "samsum" or "xsum" (files in data/<name>), a folder that holds
-    {train,validation,test}.{csv,jsonl}, or one such file, whose rows are then dealt 8:1:1 by row number.
-    split: "train", "validation" or "test"; toy also has "pretrain".
-    Returns a list of Example, texts stripped and line ends as "\\n".
+    name_or_path: "toy" (made on the spot), a preset (the folder data/<name> where there is one, else the Hub), a folder
+    that holds {train,validation,test}.{csv,jsonl,json,parquet}, or one such file, whose rows are then dealt 8:1:1 by
+    row number. split: "train", "validation" or "test"; toy also has "pretrain".
+    Returns a list of Example, texts stripped and line ends as "\n".
     Raises FileNotFoundError or ValueError with the file, the row and the remedy.
     """
     if name_or_path == "toy":
         return toy(split)
-    path = Path(PRESETS.get(str(name_or_path), name_or_path))
-    if not path.exists():
-        if str(name_or_path) in PRESETS:
-            raise FileNotFoundError(
-                f"{path}: no such folder; put train.csv, validation.csv and test.csv of {name_or_path} there "
-                f"(or .jsonl), or name another place: --data FOLDER"
-            )
-        raise FileNotFoundError(f"{path}: no such file or folder; --data takes toy, samsum, xsum or a path")
-    file = find_split(path, split) if path.is_dir() else path
-    examples = [to_example(file, number, row, input_column, target_column) for number, row in read_rows(file)]
+    path, preset = Path(name_or_path), PRESETS.get(str(name_or_path))
+    if preset:
+        path = Path("data") / name_or_path
+    if preset and not path.exists():
+        pattern = preset.files.format(split=split)
+        files = sorted(fetch(preset.repo, preset.revision, [pattern], "dataset").glob(pattern))
+        if not files:
+            raise ValueError(f"dataset {preset.repo}: no {pattern} could be had; name files of your own: --data FOLDER")
+    elif not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; --data takes toy, {', '.join(PRESETS)}, or the path of your own data"
+        )
+    else:
+        files = [find_split(path, split) if path.is_dir() else path]
+    examples, empty = [], 0
+    for file in files:
+        for number, row in read_rows(file):
+            columns = guess_columns(f"{file}:{number}", row, input_column, target_column)
+            if preset and not all(row[column] for column in columns):
+                empty += 1  # XSum has a few, which its user cannot mend
+            else:
+                examples.append(to_example(f"{file}:{number}", row, columns))
+    if empty:
+        print(f"{split}: {empty} rows of {name_or_path} have an empty text and are passed over", file=sys.stderr)
     if path.is_file():
         if len(examples) < 10:
             raise ValueError(
@@ -90,12 +123,53 @@ def load(name_or_path, split, input_column=None, target_column=None):
             )
         examples = [e for i, e in enumerate(examples) if i % 10 in SPLIT_SHARE[split]]
     if not examples:
-        raise ValueError(f"{file}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
+        raise ValueError(f"{files[0]}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
     return examples
 
 
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
+
+
+def fetch(repo, revision, patterns, kind):
+    """The local folder of a model or data set of the Hugging Face Hub: cached, or downloaded under a progress bar.
+
+    kind: "model" or "dataset"; patterns: which files, none but these and none from subfolders they do not name.
+    HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean everywhere. What a broken download left in the
+    cache may be returned while the Hub cannot be reached: the caller checks that its files are there.
+    Raises ValueError with what could not be had, and the remedy.
+    """
+    import requests
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    what, own = f"{kind} {repo}@{revision}", "--data FOLDER" if kind == "dataset" else "--model FOLDER"
+    try:
+        try:  # snapshot_download alone would wait for ever on a server that does not answer
+            HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10)
+            reached = True
+        except (ConnectionError, requests.ConnectionError, requests.Timeout):
+            reached = False
+        folder = snapshot_download(
+            repo, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=["*consolidated*"],
+            local_files_only=not reached,
+        )  # fmt: skip
+        return Path(folder)
+    except errors.GatedRepoError:
+        problem = "its owner must grant you access; ask for it on the model's page and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        problem = f"not on the Hub, or private; check the name, set HF_TOKEN, or name files of your own: {own}"
+    except errors.RevisionNotFoundError:
+        problem = "the Hub has no such revision; see the branches on its page"
+    except errors.LocalEntryNotFoundError:
+        problem = f"not in the cache, and the Hub cannot be reached; connect, or name files of your own: {own}"
+    except errors.HFValidationError as error:
+        problem = str(error)
+    except requests.RequestException as error:
+        problem = f"the download broke off ({type(error).__name__}); run the same command again, it goes on from there"
+    raise ValueError(f"{what}: {problem}")
+
+
 def find_split(folder, split):
-    names = [f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in (".csv", ".jsonl")]
+    names = [f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in SUFFIXES]
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -103,9 +177,12 @@ def find_split(folder, split):
 
 
 def read_rows(file):
-    """Yield (line number, dict) from a CSV or JSONL file. The strings NA and None stay strings."""
-    if file.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{file}: unknown file type; --data reads .csv and .jsonl")
+    """Yield (row number, dict) from a file; of text files the number is the line's. NA and None stay strings."""
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}")
+    if file.suffix == ".parquet":
+        yield from enumerate(read_parquet(file), 1)
+        return
     try:
         text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -116,6 +193,11 @@ def read_rows(file):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, json.loads(line)
+        elif file.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise ValueError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
+            yield from enumerate(rows, 1)
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
             reader = csv.DictReader(lines, strict=True)
@@ -125,28 +207,38 @@ def read_rows(file):
     except (csv.Error, json.JSONDecodeError) as error:
         if file.suffix == ".csv":
             number += 1  # the row after the last good one
+        number = getattr(error, "lineno", 0) if file.suffix == ".json" else number
         raise ValueError(f"{file}:{number}: {error}; mend or remove that row") from None
 
 
-def to_example(file, number, row, input_column, target_column):
-    if not isinstance(row, dict):
-        raise ValueError(f"{file}:{number}: expected an object with an input and a target column, found {row!r:.40}")
-    if None in row:  # where csv puts the cells for which the header has no name
-        raise ValueError(f"{file}:{number}: more cells than the header has; put quotes round text that holds commas")
-    source, target = guess_columns(f"{file}:{number}", row, input_column, target_column)
-    for column in (source, target):
-        if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"{file}:{number}: column {column!r} is empty or not text; mend or remove that row")
-    clean = [row[column].replace("\r\n", "\n").replace("\r", "\n").strip() for column in (source, target)]
-    return Example(str(row.get("id") or number), *clean)
+def read_parquet(file):
+    """Yield the rows of a parquet file as dicts, one row group in memory at a time."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{file}: parquet needs pyarrow; install it: pip install 'pyarrow==26.0.1'") from None
+    try:
+        with ParquetFile(file) as opened:
+            for group in range(opened.num_row_groups):
+                yield from opened.read_row_group(group).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
 
 
 def guess_columns(where, row, input_column, target_column):
+    """(input column, target column) of a row: those named, or the one pair of COLUMNS that is there."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
+    if None in row:  # where csv puts the cells for which the header has no name
+        raise ValueError(f"{where}: more cells than the header has; put quotes round text that holds commas")
     if bool(input_column) != bool(target_column):
         raise ValueError("--input-column and --target-column go together; name both")
     if input_column:
         found = [(input_column, target_column)] if input_column in row and target_column in row else []
     else:
+        if isinstance(row.get("messages"), list):  # TRL's conversational form: the last message is the target
+            row["prompt"], row["completion"] = row["messages"][:-1], row["messages"][-1:]
         found = [pair for pair in COLUMNS if set(pair) <= set(row)]
     if len(found) != 1:
         problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
@@ -156,51 +248,154 @@ def guess_columns(where, row, input_column, target_column):
     return found[0]
 
 
+def to_example(where, row, columns):
+    texts = [conversation(row[column]) for column in columns]
+    for column, text in zip(columns, texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: column {column!r} is empty or not text; mend or remove that row")
+        if not encodable(text):
+            raise ValueError(f"{where}: column {column!r} holds half a UTF-16 pair; mend or remove that row")
+    target = row[columns[1]]
+    if isinstance(target, list) and [turn["role"] for turn in target] != ["assistant"]:
+        raise ValueError(f"{where}: the last message must be one of role 'assistant'; mend or remove that row")
+    return Example(str(row.get("id") or where.rpartition(":")[2]), *map(clean, texts))
+
+
+def conversation(value):
+    """The text of a list of {"role", "content"} messages; anything else as it is.
+
+    A system message stands first, as it is; one further message is the text itself, several become "role: text" lines:
+    lastmile learns one answer to one input, and its template, not the data, says who speaks.
+    """
+    if not isinstance(value, list):
+        return value
+    if not value or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    ):
+        return None
+    system = [turn["content"] for turn in value if turn["role"] == "system"]
+    turns = [turn for turn in value if turn["role"] != "system"]
+    lines = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
+    return "\n\n".join([*system, "\n".join(lines)])
+
+
+def clean(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def encodable(text):
+    """Whether a text is Unicode: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens: template, tokenizer, filter
 
-# The Llama-2 chat format. With the Llama tokenizer the words around {source}, BOS included, cost 98 tokens: the filter
-# at 400 then drops 12.4 % of SAMSum's training split and 13.2 % of its test split (paper, 4.2: at most 13.4 %).
-LLAMA2_TEMPLATE = """[INST] <<SYS>>
-You are a helpful assistant who writes short and accurate summaries. You always keep to the facts of the text and add \
-nothing of your own.
-<</SYS>>
+SYSTEM = (
+    "You are a helpful assistant who writes short and accurate summaries. You always keep to the facts of the text and "
+    "add nothing of your own."
+)
+TASK = """Read the following text and summarize it in one or two short sentences. Output the summary only: do not \
+begin with an introduction such as "Sure, here is a summary", and do not end with a comment.
 
-Read the following text and summarize it in one or two short sentences. Output the summary only: do not begin with an \
-introduction such as "Sure, here is a summary", and do not end with a comment.
+{source}"""
 
-{source} [/INST]"""
+# name: (the prompt, the token that ends an answer; "": the tokenizer's EOS). With the Llama tokenizer the words of
+# llama2 around {source}, BOS included, cost 98 tokens: the filter at 400 then drops 12.4 % of SAMSum's training split
+# and 13.2 % of its test split (paper, 4.2: at most 13.4 %).
+TEMPLATES = {
+    "llama2": (f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n{TASK} [/INST]", ""),
+    "llama3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        f"{TASK}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "chatml": (
+        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{TASK}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+    ),
+    "plain": ("{source}\n\nSummary:\n", ""),
+}
 
 # What `pretrain` gives its small models, whose time would otherwise go into reading the same 98 tokens again and again.
 SHORT_TEMPLATE = "[INST] {source} [/INST]"
 
 
-def load_template(folder):
-    """The prompt template of a model folder: its `template.txt` where there is one, else Llama-2 chat."""
-    file = Path(folder) / "template.txt"
-    text = file.read_text(encoding="utf-8") if file.is_file() else LLAMA2_TEMPLATE
-    if text.count("{source}") != 1:
-        raise ValueError(f"{file}: the template must hold {{source}} exactly once, where the input text goes")
-    return text
+def load_template(name, folder, controls):
+    """(prompt, token that ends an answer or "") for the value of --template.
+
+    name: one of TEMPLATES, or a text file with {source} where the input goes; "" takes the model folder's template.txt,
+    or else what the tokenizer's control tokens (controls) speak for. A checkpoint's own Jinja template is a program
+    from strangers, and is not run.
+    """
+    if not name:
+        marks = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>"}
+        own = Path(folder) / "template.txt"
+        name = own if own.is_file() else next((t for t, mark in marks.items() if mark in controls), "llama2")
+    if name not in TEMPLATES:
+        if not Path(name).is_file():
+            raise FileNotFoundError(
+                f"{name}: no such file; --template takes {', '.join(TEMPLATES)}, or a text file with {{source}} in it"
+            )
+        text = read_text(Path(name))
+        if text.count("{source}") != 1:
+            raise ValueError(f"{name}: the template must hold {{source}} exactly once, where the input text goes")
+        return text, ""
+    missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name][0])) - set(controls))
+    if missing:
+        raise ValueError(f"--template {name}: this model's tokenizer has no {missing[0]}; choose another --template")
+    return TEMPLATES[name]
 
 
 class Tokenizer:
-    """A SentencePiece model. Control tokens in a text (`</s>`) are read as ordinary text, never as ids 1 or 2."""
+    """Text to token ids and back, and the prompt around a text: what both file formats share.
 
-    def __init__(self, folder):
+    Control tokens count in the template, in a source or a target they are text: nobody's data can end a row early.
+    """
+
+    def __init__(self, folder, template, vocab_size, controls, bos, eos):
+        """controls: {text: id} of the control tokens; bos: id that starts every prompt, or None; eos: ends a target."""
+        self.template, end = load_template(template, folder, controls)
+        self.own_eos = not end  # else the template's
+        self.vocab_size, self.controls, self.bos = vocab_size, controls, bos
+        self.eos = controls[end] if end else eos
+        marks = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True))
+        self.parts = [part for part in re.split(f"({marks})", self.template) if part]
+        self.start = [bos] if bos is not None and controls.get(self.parts[0]) != bos else []  # never twice
+
+    def prompts(self, sources):
+        """Ids of the prompts around a list of texts: BOS, template, source."""
+        columns = [
+            [[self.controls[part]]] * len(sources) if part in self.controls
+            else self.encode([part.replace("{source}", source) for source in sources])
+            for part in self.parts
+        ]  # fmt: skip
+        return [sum(row, list(self.start)) for row in zip(*columns, strict=True)]
+
+    def until_eos(self, ids):
+        return ids[: ids.index(self.eos)] if self.eos in ids else ids
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """tokenizer.model, of Llama 2, TinyLlama and Mistral."""
+
+    def __init__(self, folder, template=""):
         file = Path(folder) / "tokenizer.model"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; copy the model's SentencePiece tokenizer there")
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.Load(str(file))
         except (RuntimeError, OSError):
             raise ValueError(f"{file}: not a SentencePiece model; fetch it again") from None
-        self.bos, self.eos, self.vocab_size = self.sp.bos_id(), self.sp.eos_id(), self.sp.vocab_size()
-        self.ordinary = [  # ids that stand for text: no control, unknown, unused or byte pieces
-            i for i in range(self.vocab_size)
-            if not (self.sp.IsControl(i) or self.sp.IsUnknown(i) or self.sp.IsUnused(i) or self.sp.IsByte(i))
-        ]  # fmt: skip
+        controls = {self.sp.IdToPiece(i): i for i in range(self.sp.vocab_size()) if self.sp.IsControl(i)}
+        super().__init__(folder, template, self.sp.vocab_size(), controls, self.sp.bos_id(), self.sp.eos_id())
+
+    @cached_property
+    def ordinary(self):
+        """Ids that stand for text: no control, unknown, unused or byte pieces."""
+        sp = self.sp
+        special = sp.IsControl, sp.IsUnknown, sp.IsUnused, sp.IsByte
+        return [i for i in range(self.vocab_size) if not any(check(i) for check in special)]
 
     def encode(self, text):
         """Ids of a text or, in one call, of a list of texts; without BOS and EOS."""
@@ -208,7 +403,77 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of a list of ids, up to the first EOS."""
-        return self.sp.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids)
+        return self.sp.decode(self.until_eos(ids))
+
+
+class JsonTokenizer(Tokenizer):
+    """tokenizer.json, of Llama 3 and SmolLM2, through Hugging Face's `tokenizers`."""
+
+    def __init__(self, folder, template=""):
+        import tokenizers
+
+        file = Path(folder) / "tokenizer.json"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(read_text(file))
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{file}: not a tokenizer ({error}); fetch it again") from None
+        self.tokenizer.encode_special_tokens = True  # control tokens in a text are text
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        special = self.tokenizer.get_added_tokens_decoder().items()
+        controls = {token.content: i for i, token in special if token.special}
+        eos = self.name_of_eos(Path(folder))
+        if eos not in controls:
+            raise ValueError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
+        first = self.tokenizer.encode("").ids[:1]  # what the tokenizer itself puts before every text
+        bos = first[0] if first and first[0] != controls[eos] else None
+        vocab_size = self.tokenizer.get_vocab_size()
+        super().__init__(folder, template, vocab_size, controls, bos, controls[eos])
+
+    @staticmethod
+    def name_of_eos(folder):
+        file = folder / "tokenizer_config.json"
+        try:
+            eos = json.loads(read_text(file)).get("eos_token")
+        except (json.JSONDecodeError, AttributeError, OSError) as error:
+            raise ValueError(f"{file}: needed to know the EOS token, but unreadable ({error}); fetch it") from None
+        return eos.get("content") if isinstance(eos, dict) else eos
+
+    @cached_property
+    def ordinary(self):
+        """Ids that stand for text: no control tokens, and no pieces of a character."""
+        texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in self.controls.values()]
+
+    def encode(self, text):
+        """Ids of a text or, in one call, of a list of texts; without BOS and EOS."""
+        if isinstance(text, str):
+            return self.encode([text])[0]
+        return [found.ids for found in self.tokenizer.encode_batch(text, add_special_tokens=False)]
+
+    def decode(self, ids):
+        """Text of a list of ids, up to the first EOS."""
+        return self.tokenizer.decode(self.until_eos(ids))
+
+
+TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": JsonTokenizer}
+
+
+def load_tokenizer(folder, template=""):
+    """The tokenizer of a model folder, SentencePiece's where it has both, with the prompt that --template names."""
+    for name, kind in TOKENIZERS.items():
+        if (Path(folder) / name).is_file():
+            return kind(folder, template)
+    raise FileNotFoundError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's tokenizer there")
+
+
+def read_text(file):
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; fetch it again or convert it") from None
 
 
 def train_tokenizer(texts, vocab_size, folder):
@@ -223,7 +488,7 @@ def train_tokenizer(texts, vocab_size, folder):
     except RuntimeError as error:
         raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
     (Path(folder) / "tokenizer.vocab").unlink()  # a listing for the eye that nothing reads
-    return Tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 @dataclass(frozen=True)
@@ -240,7 +505,7 @@ class Datum:
     kind: str = "positive"
 
 
-def encode(examples, tokenizer, template, max_input_tokens=400, max_new_tokens=100, append_eos=True):
+def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append_eos=True):
     """Tokenise examples and drop those that are too long.
 
     max_input_tokens counts BOS, template and source (paper, 4.2); max_new_tokens counts target and EOS: a response
@@ -248,11 +513,10 @@ def encode(examples, tokenizer, template, max_input_tokens=400, max_new_tokens=1
     append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`.
     Returns (list of Datum, {"kept", "long_input", "long_output"}).
     """
-    prompts = tokenizer.encode([template.replace("{source}", example.source) for example in examples])
+    prompts = tokenizer.prompts([example.source for example in examples])
     targets = tokenizer.encode([example.target for example in examples])
     kept, counts = [], {"kept": 0, "long_input": 0, "long_output": 0}
     for example, prompt, target in zip(examples, prompts, targets, strict=True):
-        prompt = [tokenizer.bos, *prompt]
         long = "long_input" if len(prompt) > max_input_tokens else None
         long = long or ("long_output" if len(target) + 1 > max_new_tokens else None)
         counts[long or "kept"] += 1

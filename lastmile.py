@@ -8,6 +8,7 @@
     python lastmile.py eval       predictions and scores of base, mle, policy  -> <output-dir>/eval
     python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
     python lastmile.py sample     the summary of one text
+    python lastmile.py merge      base and adapter as one fp16 model           -> <output-dir>/merge
 
 This file holds the settings, the command line and four short loops. The way of a batch is the same in all of them:
 
@@ -17,6 +18,8 @@ Read on in data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
 """
 
 import argparse
+import difflib
+import importlib.util
 import itertools
 import json
 import math
@@ -24,22 +27,31 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
+import tomllib
 import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
 
-import data
-import model
-import ppo
-from eval import COLUMNS, auc, bleurt, clean_base, clean_mle, interval, markdown, metrics_by_example, predict, tables
+def lazy(name):
+    """Import a module when it is first used: `--help` and a mistyped flag are answered without waiting for torch."""
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+torch, tqdm = lazy("torch"), lazy("tqdm")
+data, model, ppo, evaluation = lazy("data"), lazy("model"), lazy("ppo"), lazy("eval")
 
 ROOT = Path(__file__).resolve().parent
-LLAMA2 = "models/Llama-2-7B-Chat-GPTQ"  # where the README says to put the paper's base model
+LLAMA2 = "TheBloke/Llama-2-7B-Chat-GPTQ"  # the paper's base model (4.1), on the Hugging Face Hub
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass a stage. The defaults are the paper's (P, with its section) or ours (choice, with the reason).
@@ -53,8 +65,13 @@ def opt(default, help, toy=None, least=None, above=None, most=None, choices=None
 
 @dataclass(frozen=True)
 class Common:
-    data: str = opt("toy", "toy, samsum, xsum, a folder with train, validation and test files, or one .csv or .jsonl")
-    model: str = opt("", f"base model folder [<output-dir>/base if there is one, else {LLAMA2}]")
+    config: str = opt("", "TOML file of settings, or a stage's config.json; flags go before it")
+    data: str = opt("toy", "toy, samsum, xsum, dialogsum, cnn_dailymail, a folder with train, validation and test "
+                    "files, or one .csv, .jsonl, .json or .parquet")  # fmt: skip
+    model: str = opt("", f"base model: a folder, or OWNER/NAME[@REVISION] of the Hub "
+                     f"[<output-dir>/base if there is one, else {LLAMA2}]")  # fmt: skip
+    template: str = opt("", "prompt: llama2, llama3, chatml, plain, or a text file with {source} in it "
+                        "[the model's template.txt, else found by its control tokens]")  # fmt: skip
     output_dir: str = opt("", "the run's folder, a subfolder a stage [runs/<data>]")
     input_column: str = opt("", "input column of --data [found by name]")
     target_column: str = opt("", "target column of --data [found by name]")
@@ -65,6 +82,9 @@ class Common:
     dtype: str = opt("auto", "of the base's activations; auto: bfloat16 on a GPU, float32 on a CPU",
                      choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     overwrite: bool = opt(False, "replace the stage's folder if it is already there")
+    dry_run: bool = opt(
+        False, "read config, tokenizer, data and the headers of the weights; print sizes; train nothing"
+    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,7 @@ class Ppo(Training):
     length_penalty: float = opt(2.5, "for each token beyond the reference length (P 3.2)", least=0)
     ground_truth_fraction: float = opt(0.5, "share of batches that show the ground truth (P 3.3)", least=0, most=1)
     reward: str = opt("", "reward adapter folder [<output-dir>/reward]")
-    init: str = opt("base", "where the policy starts (P 3.1: base)", choices=("base", "mle"))
+    init: str = opt("base", "where the policy starts (P 3.1: base): base, mle, or an adapter folder")
     kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
     entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
     whiten: bool = opt(False, "advantages to mean 0, variance 1 a batch (choice: off, the paper names none)")
@@ -152,10 +172,15 @@ class Tables(Common):
 
 @dataclass(frozen=True)
 class Sample(Common):
-    adapter: str = opt("policy", "who answers: base, mle or policy", choices=("base", "mle", "policy"))
+    adapter: str = opt("policy", "who answers: base, mle, policy, or an adapter folder")
     temperature: float = opt(0.0, "0: greedy", least=0)
     top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
     top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class Merge(Common):
+    adapter: str = opt("policy", "what to fold into the base: mle, policy, or an adapter folder")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,6 +190,12 @@ class Sample(Common):
 @contextmanager
 def stage_folder(settings, stage):
     """The folder a stage writes to. It bears its final name only once the stage has finished."""
+    shown = " ".join(f"{name}={json.dumps(value)}" for name, value in asdict(settings).items())
+    print(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False))
+    if settings.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
     final = Path(settings.output_dir) / stage
     if final.exists() and not settings.overwrite:
         raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
@@ -214,27 +245,56 @@ def generator(settings, *stream, device="cpu"):
     return torch.Generator(device).manual_seed(data.stream_seed(settings.seed, *stream))
 
 
-def open_base(settings):
-    """The frozen base with its tokenizer and prompt template."""
+def base_folder(settings):
+    """The local folder of --model: one of our own, a path, or a model of the Hub, fetched where it is not cached."""
     path, makers = Path(settings.model), {"base": "quantize", "pretrain": "pretrain"}
-    if path.parent == Path(settings.output_dir) and path.name in makers:  # one of our own
-        need(path, f"{makers[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
-    llama = model.load(settings.model, settings.device, getattr(torch, settings.dtype))
-    tokenizer = data.Tokenizer(settings.model)
-    if tokenizer.vocab_size > llama.config.vocab_size or tokenizer.eos not in llama.config.eos_token_id:
+    if path.parent == Path(settings.output_dir) and path.name in makers:
+        return need(path, f"{makers[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
+    hub = data.HUB_ID.fullmatch(settings.model)
+    if path.exists() or not hub:
+        return path
+    return data.fetch(hub[1], hub[2] or "main", ["*.safetensors", "*.json", "tokenizer.model"], "model")
+
+
+def open_base(settings, dtype=None):
+    """The frozen base with its tokenizer; in a dry run without its weights."""
+    folder = base_folder(settings)
+    llama = model.load(folder, settings.device, dtype or getattr(torch, settings.dtype), weights=not settings.dry_run)
+    tokenizer = data.load_tokenizer(folder, settings.template)
+    if (
+        tokenizer.own_eos
+        and tokenizer.eos not in llama.config.eos_token_id
+        or (max(tokenizer.vocab_size, tokenizer.eos + 1) > llama.config.vocab_size)
+    ):
         raise ValueError(
-            f"{settings.model}: tokenizer.model ({tokenizer.vocab_size} pieces, EOS {tokenizer.eos}) is not that of "
-            f"config.json ({llama.config.vocab_size}, EOS {llama.config.eos_token_id}); fetch the model again"
+            f"{folder}: the tokenizer ({tokenizer.vocab_size} pieces, EOS {tokenizer.eos}) is not that of config.json "
+            f"({llama.config.vocab_size}, EOS {llama.config.eos_token_id}); fetch the model again"
         )
-    return llama, tokenizer, data.load_template(settings.model)
+    ends = dict.fromkeys(
+        (*llama.config.eos_token_id, tokenizer.eos)
+    )  # a template may end answers with a token of its own
+    llama.config = replace(llama.config, eos_token_id=tuple(ends))
+    return llama, tokenizer
 
 
-def prepare(settings, split, tokenizer, template, examples=0, append_eos=True):
+COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "generation_config.json", "template.txt")  # fmt: skip
+
+
+def save_model(settings, llama, folder, quantization=None):
+    """Write a whole model: weights, config, and what its base brought along to turn text into tokens."""
+    model.save(llama, folder, quantization)
+    for name in COMPANIONS:
+        if (base_folder(settings) / name).is_file():
+            shutil.copyfile(base_folder(settings) / name, folder / name)
+    if Path(settings.template).is_file():
+        shutil.copyfile(settings.template, folder / "template.txt")
+
+
+def prepare(settings, split, tokenizer, examples=0, append_eos=True):
     """One split as a list of Datum, filtered and, where asked, cut to a number of examples drawn by seed."""
     loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
-    kept, counts = data.encode(
-        loaded, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens, append_eos
-    )
+    kept, counts = data.encode(loaded, tokenizer, settings.max_input_tokens, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
     print(
         f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
@@ -265,6 +325,46 @@ def schedule(rows, settings, warmup_steps=0):
     for step, index in enumerate(itertools.islice(itertools.chain.from_iterable(epochs), total)):
         rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         yield step, total, settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / total)), index
+
+
+def plan(settings, llama, rows, adapters=(), trained=()):
+    """What --dry-run prints instead of working: sizes, steps, and an estimate of the peak memory.
+
+    llama: loaded without weights. adapters: those that pass over a batch together; trained: which of them learn, or
+    ["base"]. The largest batch decides; what its pass keeps for the backward is counted by running it without weights.
+    Not in the estimate: what single operations need in passing, and what the allocator wastes.
+    """
+    whole = {name: p for name, p in llama.named_parameters() if "lora_" not in name and "score" not in name}
+    learning = [t for name in trained for t in (whole.values() if name == "base" else llama.adapter_parameters(name))]
+    packed = [layer.in_features * layer.out_features for layer in llama.modules() if hasattr(layer, "qweight")]
+    size = getattr(torch, settings.dtype).itemsize
+    memory = {"weights": sum(t.numel() * t.element_size() for t in (*llama.parameters(), *llama.buffers()))}
+    if packed:
+        memory["unpacked weights"] = size * (max(packed) if settings.device == "cuda" else sum(packed))
+    print(f"\ndry run: no weights are read, nothing is trained\n  model    {settings.model}: "
+          f"{(sum(p.numel() for p in whole.values()) + sum(packed)) / 1e6:,.1f} M parameters")  # fmt: skip
+    if rows:
+        T = max(len(datum.prompt) + len(datum.response) for datum in rows)
+        tokens = sum(len(datum.prompt) + len(datum.response) for datum in rows)
+        print(f"  data     {len(rows):,} rows, {tokens / 1e6:,.2f} M tokens, the longest {T}")
+    if learning:
+        print(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning) / 1e6:,.1f} M parameters")
+        _, steps, *_ = next(schedule(rows, settings))
+        print(f"  steps    {steps:,} of {settings.batch_size} rows")
+        memory["gradients and AdamW"] = 3 * 4 * sum(p.numel() for p in learning)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        B = settings.batch_size
+        adapter = tuple((name, B) for name in adapters) or None
+        memory["activations"] = model.kept_bytes(llama, B * max(len(adapters), 1), T, adapter)
+        if adapters != ["reward"]:  # logits, their log-softmax and their gradient, on response tokens alone
+            memory["logits"] = 3 * 4 * llama.config.vocab_size * B * max(len(datum.response) for datum in rows)
+    elif rows and hasattr(settings, "batch_size"):
+        c, S = llama.config, max(len(datum.prompt) for datum in rows) + settings.max_new_tokens
+        width = c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        memory["keys and values"] = 2 * size * settings.batch_size * S * width
+    parts = " + ".join(f"{name} {amount / 1e9:.2f}" for name, amount in memory.items())
+    print(f"  memory   {parts} = {sum(memory.values()) / 1e9:.2f} GB, an estimate")
 
 
 class Updater:
@@ -299,7 +399,7 @@ class Journal:
 
     def write(self, step, total, tokens, **numbers):
         """tokens: how many real ones, padding apart, went through the model in this step."""
-        self.bar = self.bar or tqdm(total=total, desc=self.stage, unit="step", dynamic_ncols=True)
+        self.bar = self.bar or tqdm.tqdm(total=total, desc=self.stage, unit="step", dynamic_ncols=True)
         self.file.write(json.dumps({"step": step} | numbers) + "\n")
         self.tokens += tokens
         if step % self.settings.log_every == 0 or step == total - 1:
@@ -328,11 +428,10 @@ def pretrain(settings):
             examples = data.load("toy", "pretrain")
         else:
             examples = data.chatter(data.load(settings.data, "train", settings.input_column, settings.target_column))
-        template = data.SHORT_TEMPLATE
-        texts = [template.replace("{source}", example.source) + " " + example.target for example in examples]
+        (folder / "template.txt").write_text(data.SHORT_TEMPLATE)
+        texts = [data.SHORT_TEMPLATE.replace("{source}", e.source) + " " + e.target for e in examples]
         tokenizer = data.train_tokenizer(texts, settings.vocab_size, folder)
-        (folder / "template.txt").write_text(template)
-        rows, _ = data.encode(examples, tokenizer, template, settings.max_input_tokens, settings.max_new_tokens)
+        rows, _ = data.encode(examples, tokenizer, settings.max_input_tokens, settings.max_new_tokens)
         print(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
         rows = drawn(settings, "pretrain", rows, settings.train_examples)
         rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
@@ -340,7 +439,10 @@ def pretrain(settings):
             tokenizer.vocab_size, C, settings.intermediate_size, settings.num_hidden_layers, H, J, C // H,
             eos_token_id=(tokenizer.eos,),
         )  # fmt: skip
-        llama = model.initialize(config, generator(settings, "pretrain")).to(settings.device)
+        llama = model.initialize(config, generator(settings, "pretrain"))
+        if settings.dry_run:
+            return plan(settings, llama.to("meta"), rows, trained=["base"])
+        llama.to(settings.device)
         update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)
         journal = Journal(folder, "pretrain", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings, settings.warmup_steps):
@@ -356,17 +458,16 @@ def quantize(settings):
     if settings.group_size != -1 and (settings.group_size < 8 or settings.group_size % 8):
         raise ValueError(f"--group-size {settings.group_size}: must be -1 (one scale a column) or a multiple of 8")
     with stage_folder(settings, "base") as folder:
-        llama, tokenizer, template = open_base(settings)
+        llama, tokenizer = open_base(settings)
         if llama.config.quantization:
             raise ValueError(f"{settings.model}: is quantised already; name an fp16 or fp32 model: --model FOLDER")
-        rows = prepare(settings, "train", tokenizer, template, settings.calibration_examples)
+        rows = prepare(settings, "train", tokenizer, settings.calibration_examples)
+        if settings.dry_run:
+            return plan(settings, llama, rows)
         calibration = [datum.prompt + datum.response for datum in rows]
-        bar = lambda blocks: tqdm(blocks, desc="quantize", unit="block", dynamic_ncols=True)  # noqa: E731
+        bar = lambda blocks: tqdm.tqdm(blocks, desc="quantize", unit="block", dynamic_ncols=True)  # noqa: E731
         described = model.quantize(llama, calibration, settings.group_size, settings.act_order, settings.damp, bar)
-        model.save(llama, folder, described)
-        for name in ("tokenizer.model", "template.txt"):
-            if (Path(settings.model) / name).is_file():
-                shutil.copy(Path(settings.model) / name, folder / name)
+        save_model(settings, llama, folder, described)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,13 +477,15 @@ def quantize(settings):
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
     with stage_folder(settings, "reward") as folder:
-        llama, tokenizer, template = open_base(settings)
-        positives = prepare(settings, "train", tokenizer, template, settings.train_examples)
-        heldout = prepare(settings, "validation", tokenizer, template, settings.eval_examples)
+        llama, tokenizer = open_base(settings)
+        positives = prepare(settings, "train", tokenizer, settings.train_examples)
+        heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
         rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
         llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, draw, head="normal")
+        if settings.dry_run:
+            return plan(settings, llama, rows, ["reward"], ["reward"])
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         journal = Journal(folder, "reward", settings, ["loss", "positive", "negative"])
         for step, total, rate, index in schedule(rows, settings):
@@ -414,10 +517,10 @@ def reward_report(settings, llama, rows):
             scores.setdefault(datum.kind, []).append(mean)
     report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
     for kind in data.NEGATIVES:
-        report[kind]["auc"] = auc(scores["positive"], scores[kind])
+        report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
     lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
     print(f"\nheld out, {len(scores['positive'])} validation examples:")
-    print(markdown([["class", "mean score", "AUC of positives against it"], *lines]))
+    print(evaluation.markdown([["class", "mean score", "AUC of positives against it"], *lines]))
     return report
 
 
@@ -433,10 +536,12 @@ def mean_or_none(x, mask):
 def train_mle(settings):
     """The control: maximum likelihood of the ground truth."""
     with stage_folder(settings, "mle") as folder:
-        llama, tokenizer, template = open_base(settings)
-        rows = prepare(settings, "train", tokenizer, template, settings.train_examples, settings.eos_in_labels)
+        llama, tokenizer = open_base(settings)
+        rows = prepare(settings, "train", tokenizer, settings.train_examples, settings.eos_in_labels)
         targets = settings.lora_targets.split(",")
         llama.add_adapter("mle", settings.lora_r, settings.lora_alpha, targets, generator(settings, "lora"))
+        if settings.dry_run:
+            return plan(settings, llama, rows, ["mle"], ["mle"])
         update = Updater(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         journal = Journal(folder, "mle", settings, ["loss"])
         for step, total, rate, index in schedule(rows, settings):
@@ -450,21 +555,24 @@ def train_mle(settings):
 def train_ppo(settings):
     """Policy and value against the reward model; half of the batches sampled, half ground truth (paper, 3.3)."""
     with stage_folder(settings, "ppo") as folder:
-        need(settings.reward, f"reward --data {settings.data} --output-dir {settings.output_dir}")
-        llama, tokenizer, template = open_base(settings)
-        rows = prepare(settings, "train", tokenizer, template, settings.train_examples)
-        llama.load_adapter("reward", settings.reward, head=True)
+        start = adapter_folder(settings, settings.init) if settings.init != "base" else None
+        reward_first(settings)
+        llama, tokenizer = open_base(settings)
+        rows = prepare(settings, "train", tokenizer, settings.train_examples)
         targets = settings.lora_targets.split(",")
-        if settings.init == "mle":
-            mle = need(
-                Path(settings.output_dir) / "mle", f"mle --data {settings.data} --output-dir {settings.output_dir}"
-            )
-            llama.load_adapter("policy", mle)
+        if Path(settings.reward).exists():
+            llama.load_adapter("reward", settings.reward, head=True)
+        else:  # a dry run, before there is one
+            llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
+        if start:
+            llama.load_adapter("policy", start)
         else:
             llama.add_adapter("policy", settings.lora_r, settings.lora_alpha, targets, generator(settings, "policy"))
         llama.add_adapter(
             "value", settings.lora_r, settings.lora_alpha, targets, generator(settings, "value"), head="zero"
         )
+        if settings.dry_run:
+            return plan(settings, llama, rows, ["policy", "value", "reward"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
         journal = Journal(folder, "ppo", settings, ["return", "reward", "length", "explained_variance"])
@@ -482,6 +590,17 @@ def train_ppo(settings):
             journal.write(step, total, tokens_of(batch), ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
+
+
+def reward_first(settings):
+    """Train the reward model that PPO needs, with that stage's own defaults, where it is not there yet."""
+    default = Path(settings.output_dir) / "reward"
+    if Path(settings.reward).exists() or settings.dry_run:
+        return
+    need(default.parent if Path(settings.reward) == default else settings.reward, "reward")
+    print(f"ppo: no reward model in {default} yet; training it first")
+    shared = [f.name for f in fields(Common)] + ["train_examples", "max_steps", "log_every"]
+    train_reward(resolve("reward", {name: getattr(settings, name) for name in shared}))
 
 
 def ppo_updates(settings, llama, batch, update, rate, logged):
@@ -517,13 +636,23 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
 
 
 def load_answerer(settings, llama, name):
-    """Load the adapter that answers under a column's name. Returns the adapter argument of forward."""
+    """Load the adapter of a column, or of a folder. Returns the adapter argument of forward."""
     if name == "base":
         return None
-    stage, folder = {"mle": ("mle", "mle"), "policy": ("ppo", "ppo/policy")}[name]
-    run = Path(settings.output_dir)
-    llama.load_adapter(name, need(run / folder, f"{stage} --data {settings.data} --output-dir {run}"))
-    return name
+    adapter = name if name in ("mle", "policy") else "other"  # a module's name cannot be a path
+    llama.load_adapter(adapter, adapter_folder(settings, name))
+    return adapter
+
+
+def adapter_folder(settings, name):
+    """The folder of mle's or the policy's adapter in this run, or the folder that was named."""
+    run, stages = Path(settings.output_dir), {"mle": ("mle", "mle"), "policy": ("ppo", "ppo/policy")}
+    if name not in stages:
+        if not (Path(name) / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{name}: no adapter; name mle, policy, or a folder with an adapter_config.json")
+        return Path(name)
+    stage, folder = stages[name]
+    return need(run / folder, f"{stage} --data {settings.data} --output-dir {run}")
 
 
 def evaluate(settings):
@@ -532,31 +661,34 @@ def evaluate(settings):
     if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
         raise ValueError(f"--adapters {settings.adapters}: choose among base, mle and policy")
     with stage_folder(settings, "eval") as folder:
-        llama, tokenizer, template = open_base(settings)
+        llama, tokenizer = open_base(settings)
         adapters = {name: load_answerer(settings, llama, name) for name in names}
-        rows = prepare(settings, "test", tokenizer, template, settings.test_examples)
+        rows = prepare(settings, "test", tokenizer, settings.test_examples)
+        if settings.dry_run:
+            return plan(settings, llama, rows)
         references = [datum.target for datum in rows]
         columns = {}
         for name, adapter in adapters.items():
-            bar = lambda steps, name=name: tqdm(steps, desc=f"eval {name}", unit="batch", dynamic_ncols=True)  # noqa: E731
+            bar = lambda steps, name=name: tqdm.tqdm(steps, desc=f"eval {name}", unit="batch", dynamic_ncols=True)  # noqa: E731
             answer = lambda prompts, adapter=adapter: model.sample(  # noqa: E731
                 llama, prompts, adapter, settings.max_new_tokens, temperature=0
             )
-            columns[name] = predict(rows, answer, settings.batch_size, tokenizer.decode, bar)
+            columns[name] = evaluation.predict(rows, answer, settings.batch_size, tokenizer.decode, bar)
             with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
                 for datum, text in zip(rows, columns[name], strict=True):
                     line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        for name, clean in (("base", clean_base), ("mle", clean_mle)):
+        for name, clean in (("base", evaluation.clean_base), ("mle", evaluation.clean_mle)):
             if name in columns:
                 columns[f"{name} cleaned"] = [clean(text) for text in columns[name]]
-        examples = {name: metrics_by_example(columns[name], references) for name in COLUMNS if name in columns}
+        judged = [name for name in evaluation.COLUMNS if name in columns]
+        examples = {name: evaluation.metrics_by_example(columns[name], references) for name in judged}
         note = add_bleurt(settings, examples, columns, references)
         write_json(folder / "scores.json", {
             name: {metric: float(values.mean()) for metric, values in found.items()} for name, found in examples.items()
         })  # fmt: skip
         write_json(folder / "intervals.json", {
-            name: {metric: interval(values, settings.seed) for metric, values in found.items()}
+            name: {metric: evaluation.interval(values, settings.seed) for metric, values in found.items()}
             for name, found in examples.items()
         })  # fmt: skip
         facts = {"data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
@@ -573,7 +705,7 @@ def add_bleurt(settings, examples, columns, references):
         return "not computed, --bleurt none"
     try:
         for name, found in examples.items():
-            found["bleurt"] = bleurt(columns[name], references, settings.bleurt, device=settings.device)
+            found["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
     except (ImportError, OSError) as error:
         for found in examples.values():
             found.pop("bleurt", None)
@@ -586,7 +718,7 @@ def add_bleurt(settings, examples, columns, references):
 def show_tables(settings):
     folder = Path(settings.output_dir) / "eval"
     need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
-    text = tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
+    text = evaluation.tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
     (folder / "tables.md").write_text(text + "\n")
     print(text)
     print(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
@@ -594,17 +726,28 @@ def show_tables(settings):
 
 def answer(settings, text):
     """Print the output for one input."""
-    text = text if text is not None else sys.stdin.read()
-    if not text.strip():
-        raise ValueError("no text to summarise; give it as an argument or on standard input")
-    llama, tokenizer, template = open_base(settings)
+    text = data.clean(text if text is not None else sys.stdin.read())
+    if not text or not data.encodable(text):
+        raise ValueError("no text to summarise, or not UTF-8; give it as an argument or on standard input")
+    llama, tokenizer = open_base(settings)
     adapter = load_answerer(settings, llama, settings.adapter)
-    prompt = [tokenizer.bos, *tokenizer.encode(template.replace("{source}", text.strip()))]
+    prompt = tokenizer.prompts([text])[0]
     draw = generator(settings, "sample", device=settings.device)
     response = model.sample(
         llama, [prompt], adapter, settings.max_new_tokens, settings.temperature, draw, settings.top_k, settings.top_p
     )
     print(tokenizer.decode(response[0]))
+
+
+def merge(settings):
+    """Base and adapter as one fp16 Hugging Face folder, for tools that know no adapters and no GPTQ."""
+    with stage_folder(settings, "merge") as folder:
+        llama, _ = open_base(settings, torch.float16)
+        llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
+        if settings.dry_run:
+            return plan(settings, llama, [], ["merged"])
+        model.merge(llama, "merged")
+        save_model(settings, llama, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -618,6 +761,7 @@ COMMANDS = {  # name: (settings, function, one line)
     "ppo": (Ppo, train_ppo, "policy and value by PPO (paper, 3.3)"),
     "eval": (Eval, evaluate, "predictions and scores of base, mle and policy"),
     "tables": (Tables, show_tables, "the paper's Tables 1 and 2, ours beside the paper's"),
+    "merge": (Merge, merge, "base and adapter as one fp16 model folder"),
     "sample": (Sample, answer, "the summary of a text, given as an argument or on standard input"),
 }
 
@@ -627,21 +771,66 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
 
 
-def checked(kind, limits):
-    """A converter for argparse that refuses what is not a finite number within the limits."""
+def out_of_range(f, value):
+    """What is wrong with a setting's value, or "": it must be finite, within its limits, and one of its choices."""
+    low, above, high = (f.metadata["limits"][name] for name in ("least", "above", "most"))
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        return f"choose from {', '.join(f.metadata['choices'])}"
+    if f.type in (str, bool):
+        return ""
+    wanted = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
+    wanted += [f"at most {high}"] * (high is not None)
+    inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    return "" if math.isfinite(value) and inside else f"out of range: must be finite, {' and '.join(wanted)}"
+
+
+def converter(f):
+    """What argparse makes of a flag's text."""
 
     def convert(text):
-        value = kind(text)
-        low, above, high = limits["least"], limits["above"], limits["most"]
-        wanted = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
-        wanted += [f"at most {high}"] * (high is not None)
-        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-        if not (math.isfinite(value) and inside):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be finite, {' and '.join(wanted)}")
+        value = f.type(text)
+        if problem := out_of_range(f, value):
+            raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
 
-    convert.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: "invalid whole number value: 'x'"
+    convert.__name__ = {int: "whole number", float: "number", str: "text"}[f.type]  # "invalid number value: 'x'"
     return convert
+
+
+def read_settings(file, command):
+    """The settings that a file holds for a command: a stage's config.json, or TOML.
+
+    In TOML, keys before the first table are for every command that has such a setting, those in [ppo] for ppo alone.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, JSONDecodeError and UnicodeDecodeError are all of them
+        raise ValueError(f"{file}: unreadable settings: {error}; mend the file") from None
+    for name in ("stage", "commit"):  # what a saved config.json holds beside the settings
+        raw.pop(name, None)
+    tables = {name: table for name, table in raw.items() if isinstance(table, dict)}
+    tables[""] = {name: value for name, value in raw.items() if name not in tables}
+    known = {name: {f.name: f for f in fields(settings)} for name, (settings, *_) in COMMANDS.items()}
+    known[""] = {name: f for stage in known.values() for name, f in stage.items()}
+    found = {}
+    for table, values in sorted(tables.items()):
+        if table not in known:
+            raise ValueError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
+        for key, value in values.items():
+            name, where = key.replace("-", "_"), f"{file}: {f'[{table}] ' if table else ''}{key}"
+            f = known[table].get(name)
+            if f is None:
+                near = difflib.get_close_matches(name, known[table], 1)
+                raise ValueError(f"{where}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
+            value = float(value) if f.type is float and type(value) is int else value
+            if type(value) is not f.type:
+                raise ValueError(f"{where}: {value!r} is not of type {f.type.__name__}")
+            if problem := out_of_range(f, value):
+                raise ValueError(f"{where}: {value!r} is {problem}")
+            if table == command or (table == "" and name in known[command]):
+                found[name] = value
+    return found
 
 
 def dashed(argument):
@@ -671,10 +860,11 @@ def parse(arguments):
             if f.type is bool:
                 command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
             else:
-                kind = str if f.type is str else checked(f.type, f.metadata["limits"])
-                command.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help, metavar="X")
+                command.add_argument(flag, type=converter(f), help=help, metavar="X")
     given = vars(parser.parse_args([dashed(argument) for argument in arguments]))
     command, text = given.pop("command"), given.pop("text", None)
+    if given.get("config"):
+        given = read_settings(given["config"], command) | given
     return command, resolve(command, given), text
 
 

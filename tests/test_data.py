@@ -23,16 +23,16 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return data.train_tokenizer(
-        [e.source + "\n" + e.target for e in data.toy("test")], 600, tmp_path_factory.mktemp("tok")
-    )
+    folder = tmp_path_factory.mktemp("tok")
+    (folder / "template.txt").write_text(data.SHORT_TEMPLATE)
+    return data.train_tokenizer([e.source + "\n" + e.target for e in data.toy("test")], 600, folder)
 
 
 @pytest.fixture(scope="module")
 def llama_tokenizer(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     shutil.copy(shared / "data/llama_tokenizer.model", folder / "tokenizer.model")
-    return data.Tokenizer(folder)
+    return data.load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def positives(tokenizer):
     """100 encoded dialogues, the last ten with the summary of the first: duplicates are what real data has."""
     examples = data.toy("test")[:90]
     examples += [data.Example(f"again-{i}", e.source, examples[0].target) for i, e in enumerate(examples[:10])]
-    return data.encode(examples, tokenizer, data.SHORT_TEMPLATE)[0]
+    return data.encode(examples, tokenizer)[0]
 
 
 def negatives(positives, tokenizer, limit, kind, seed=0):
@@ -188,10 +188,9 @@ def test_load_refuses_latin1(tmp_path):
     ("place", "error", "said"),
     [
         ("few.csv", ValueError, r"few\.csv: 9 rows; .* at least 10"),
-        ("notes.txt", ValueError, r"notes\.txt: .* \.csv and \.jsonl"),
+        ("notes.txt", ValueError, r"notes\.txt: .* \.csv, \.jsonl, \.json, \.parquet"),
         ("absent.csv", FileNotFoundError, r"absent\.csv: no such file"),
         (".", FileNotFoundError, r"no file for the train split; expected one of train\.csv, train\.jsonl"),
-        ("samsum", FileNotFoundError, r"data.samsum: .* train\.csv.* --data FOLDER"),
     ],
 )
 def test_load_refuses_places(tmp_path, monkeypatch, place, error, said):
@@ -226,11 +225,11 @@ def test_tokenizer_round_trip(which, request):
 
 def test_tokenizer_refuses(tmp_path):
     """A folder without a tokenizer, and a file that is none, are named."""
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model: no such file"):
-        data.Tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.model or tokenizer\.json"):
+        data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("no model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        data.Tokenizer(tmp_path)
+        data.load_tokenizer(tmp_path)
 
 
 def test_encode_borders(tokenizer):
@@ -239,13 +238,13 @@ def test_encode_borders(tokenizer):
     n = 1 + len(tokenizer.encode(data.SHORT_TEMPLATE.format(source=example.source)))
     m = len(tokenizer.encode(example.target)) + 1
     for limits, outcome in [((n, m), "kept"), ((n - 1, m), "long_input"), ((n, m - 1), "long_output")]:
-        kept, counts = data.encode([example], tokenizer, data.SHORT_TEMPLATE, *limits)
+        kept, counts = data.encode([example], tokenizer, *limits)
         assert counts == {"kept": 0, "long_input": 0, "long_output": 0} | {outcome: 1} and len(kept) == counts["kept"]
-    (datum,), _ = data.encode([example], tokenizer, data.SHORT_TEMPLATE, n, m)
+    (datum,), _ = data.encode([example], tokenizer, n, m)
     assert datum.prompt[0] == tokenizer.bos and len(datum.prompt) == n
     assert datum.response[-1] == tokenizer.eos and len(datum.response) == m
     assert tokenizer.decode(datum.prompt[1:]) == data.SHORT_TEMPLATE.format(source=example.source)
-    (bare,), _ = data.encode([example], tokenizer, data.SHORT_TEMPLATE, n, m, append_eos=False)
+    (bare,), _ = data.encode([example], tokenizer, n, m, append_eos=False)
     assert bare.response == datum.response[:-1] and bare.prompt == datum.prompt
 
 
@@ -254,7 +253,7 @@ def test_samsum_loses_what_the_paper_lost(shared, llama_tokenizer):
     shares = []
     for split in ("train", "test"):
         examples = data.load(shared / "data/samsum", split)
-        _, counts = data.encode(examples, llama_tokenizer, data.LLAMA2_TEMPLATE)
+        _, counts = data.encode(examples, llama_tokenizer)
         assert counts["long_output"] == 0
         shares.append(1 - counts["kept"] / len(examples))
     assert 0.129 < max(shares) <= 0.134
@@ -263,20 +262,20 @@ def test_samsum_loses_what_the_paper_lost(shared, llama_tokenizer):
 def test_parts_tokenise_as_the_whole(shared, llama_tokenizer):
     """Prompt and target are tokenised apart; the ids must be those of the joint text, which a chat model has seen."""
     for example in data.load(shared / "data/samsum", "test")[:300]:
-        prompt = data.LLAMA2_TEMPLATE.replace("{source}", example.source)
+        prompt = data.TEMPLATES["llama2"][0].replace("{source}", example.source)
         apart = llama_tokenizer.encode(prompt) + llama_tokenizer.encode(example.target)
         assert llama_tokenizer.encode(f"{prompt} {example.target}") == apart
 
 
 def test_load_template(tmp_path):
     """A model folder may bring its own template; one without a place for the text, or with two, trains nonsense."""
-    assert data.load_template(tmp_path) == data.LLAMA2_TEMPLATE
+    assert data.load_template("", tmp_path, {}) == data.TEMPLATES["llama2"]
     (tmp_path / "template.txt").write_text("Été: {source}\n", encoding="utf-8")
-    assert data.load_template(tmp_path) == "Été: {source}\n"
+    assert data.load_template("", tmp_path, {}) == ("Été: {source}\n", "")
     for text in ("Summarise this.", "{source} {source}"):
         (tmp_path / "template.txt").write_text(text)
         with pytest.raises(ValueError, match=r"template\.txt.*\{source\} exactly once"):
-            data.load_template(tmp_path)
+            data.load_template("", tmp_path, {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------

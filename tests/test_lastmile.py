@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lastmile
 
@@ -72,7 +73,7 @@ def test_the_demo(fresh_run, capsys):
         (run / place / name).is_file() for place in ("reward", "mle", "ppo/policy", "ppo/value") for name in adapter
     )
     scores = json.loads((run / "eval/scores.json").read_text())
-    assert list(scores) == list(lastmile.COLUMNS)
+    assert list(scores) == list(lastmile.evaluation.COLUMNS)
     assert not list(run.rglob("*.partial"))
 
     answers = {}
@@ -252,7 +253,7 @@ def test_init_mle(fresh_run, reward):
     flags = ["--reward", reward, "--init", "mle", "--max-steps", 1, "--learning-rate", 1e-12]
     assert fresh_run("ppo", *SMALL, *flags) == 0
     run = fresh_run.folder
-    mle, policy = (lastmile.model.read_tensors(run / folder) for folder in ("mle", "ppo/policy"))
+    mle, policy = (load_file(run / folder / "adapter_model.safetensors") for folder in ("mle", "ppo/policy"))
     assert mle.keys() == policy.keys() and any(tensor.any() for name, tensor in mle.items() if "lora_B" in name)
     assert all(torch.allclose(mle[name], policy[name], atol=1e-9) for name in mle)
 
@@ -282,13 +283,12 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --learning-rate 0": "above 0",
     "ppo --lam 1.5": "at most 1",
     "sample hello --top-p 0": "--top-p: 0 is out of range",
-    "ppo --init nowhere": "--init",
+    "ppo --init nowhere": "nowhere: no adapter",
     "mle --data absent/folder": "absent/folder: no such file",
-    "mle --data samsum": "data/samsum: no such folder",
     "mle --max-new-tokens 2": "--max-new-tokens",
     "mle --max-input-tokens 2": "--max-input-tokens",
     "mle --lora-targets q_proj,nose": "nose",
-    "ppo": "run: python lastmile.py reward",
+    "ppo --reward absent": "absent: not there yet; run: python lastmile.py reward",
     "ppo --init mle --reward REWARD": "run: python lastmile.py mle",
     "eval": "run: python lastmile.py mle",
     "eval --adapters policy": "run: python lastmile.py ppo",
