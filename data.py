@@ -22,7 +22,7 @@ import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -642,6 +642,17 @@ def collate(data, device="cpu"):
     weight = torch.tensor([datum.weight for datum in data])  # (B,)
     fields = tokens, mask, prompt_len, row_len - prompt_len, label, weight
     return Batch(*(field.to(device) for field in fields))
+
+
+def parts(batch, size):
+    """The batch cut into batches of at most `size` rows, columns as they are: what passes at once. 0: all of it."""
+    cut = [getattr(batch, f.name).split(size or len(batch.tokens)) for f in fields(Batch)]
+    return [Batch(*pieces) for pieces in zip(*cut, strict=True)]
+
+
+def share(part, whole):
+    """The part's share in a sum over the whole: what its mean counts for in the whole's. Exactly 1 where it is all."""
+    return part.sum().item() / whole.sum().item()
 
 
 def batches(lengths, batch_size, seed, epoch, pool=16):

@@ -19,12 +19,17 @@ Read on in data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
 
 import argparse
 import difflib
+import errno
+import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +52,7 @@ def lazy(name):
     return sys.modules[name]
 
 
-torch, tqdm = lazy("torch"), lazy("tqdm")
+torch, safetensors, tqdm = lazy("torch"), lazy("safetensors.torch"), lazy("tqdm")
 data, model, ppo, evaluation = lazy("data"), lazy("model"), lazy("ppo"), lazy("eval")
 
 ROOT = Path(__file__).resolve().parent
@@ -96,6 +101,12 @@ class Schedule(Common):
     train_examples: int = opt(0, "training examples drawn by seed; 0: all, of xsum 15,000 (P 4.2)", least=0)
     max_grad_norm: float = opt(1.0, "gradient norm above which an adapter's is scaled down (choice: HF's)", above=0)
     log_every: int = opt(10, "steps between updates of the progress line (and, in ppo, of the KL to the base)", least=1)
+    micro_batch_size: int = opt(0, "rows that pass at once, to save memory; the update is the same; 0: all", least=0)
+    resume: str = opt("", "go on from the newest valid checkpoint (auto, or no value), or from the folder of one")
+    save_every: int = opt(100, "steps between checkpoints", least=1)
+    keep_checkpoints: int = opt(2, "the newest so many are kept", least=2)
+    max_time: float = opt(0.0, "minutes after which to save and stop, as SIGTERM does; 0: never", least=0)
+    deterministic: bool = opt(False, "on a GPU, the same bits in every run, at some cost; a CPU needs no flag")
 
 
 @dataclass(frozen=True)
@@ -187,39 +198,90 @@ class Merge(Common):
 # What all stages share
 
 
+def visible(text):
+    """Other people's text with its control characters written out: they could command, or reorder, a terminal."""
+    control = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text):
+    try:
+        print(visible(text), flush=True)
+    except BrokenPipeError:  # the reader, `head` perhaps, has left; the work goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def stage_folder(settings, stage):
-    """The folder a stage writes to. It bears its final name only once the stage has finished."""
+    """The folder a stage writes to, locked. It bears its final name only once the stage has finished."""
     shown = " ".join(f"{name}={json.dumps(value)}" for name, value in asdict(settings).items())
-    print(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False))
+    say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False))
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
     final = Path(settings.output_dir) / stage
+    partial, replaced = final.with_name(f"{stage}.partial"), final.with_name(f"{stage}.replaced")
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)  # a run was killed between the two renames below
     if final.exists() and not settings.overwrite:
         raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
-    partial = final.with_name(f"{stage}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     ours = not final.parent.exists()
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        resume = getattr(settings, "resume", "")
+        if (saved := checkpoints(partial)) and not resume and not settings.overwrite:
+            raise FileExistsError(
+                f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume to go on with it, or "
+                f"--overwrite to start anew"
+            )
+        if not resume:
+            empty(partial)
+        try:
+            yield partial
+        except (ValueError, OSError):
+            with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
+                partial.rmdir()
+                if ours:
+                    final.parent.rmdir()
+            raise
+        # A model's own config.json is Hugging Face's: there the settings lie beside it.
+        name = "settings.json" if (partial / "config.json").exists() else "config.json"
+        write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(final / "checkpoints", ignore_errors=True)
+
+
+@contextmanager
+def locked(folder):
+    """Hold a folder for this process. The kernel lets go of it when the process ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield partial
-    except (ValueError, OSError):
-        with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
-            partial.rmdir()
-            if ours:
-                final.parent.rmdir()
-        raise
-    # A model's own config.json is Hugging Face's: there the settings lie beside it.
-    name = "settings.json" if (partial / "config.json").exists() else "config.json"
-    write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
-    replaced = final.with_name(f"{stage}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is at work there; wait for it, or name another --output-dir") from None
+    finally:
+        os.close(handle)
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sync(path):
+    """Have what was written to a file, or renamed in a folder, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_json(file, value):
@@ -261,18 +323,13 @@ def open_base(settings, dtype=None):
     folder = base_folder(settings)
     llama = model.load(folder, settings.device, dtype or getattr(torch, settings.dtype), weights=not settings.dry_run)
     tokenizer = data.load_tokenizer(folder, settings.template)
-    if (
-        tokenizer.own_eos
-        and tokenizer.eos not in llama.config.eos_token_id
-        or (max(tokenizer.vocab_size, tokenizer.eos + 1) > llama.config.vocab_size)
-    ):
+    size, eos = max(tokenizer.vocab_size, tokenizer.eos + 1), llama.config.eos_token_id
+    if size > llama.config.vocab_size or (tokenizer.own_eos and tokenizer.eos not in eos):
         raise ValueError(
-            f"{folder}: the tokenizer ({tokenizer.vocab_size} pieces, EOS {tokenizer.eos}) is not that of config.json "
-            f"({llama.config.vocab_size}, EOS {llama.config.eos_token_id}); fetch the model again"
+            f"{folder}: the tokenizer ({size} pieces, EOS {tokenizer.eos}) is not that of config.json "
+            f"({llama.config.vocab_size}, EOS {eos}); fetch the model again"
         )
-    ends = dict.fromkeys(
-        (*llama.config.eos_token_id, tokenizer.eos)
-    )  # a template may end answers with a token of its own
+    ends = dict.fromkeys((*eos, tokenizer.eos))  # a template may end answers with a token of its own
     llama.config = replace(llama.config, eos_token_id=tuple(ends))
     return llama, tokenizer
 
@@ -296,7 +353,7 @@ def prepare(settings, split, tokenizer, examples=0, append_eos=True):
     loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
     kept, counts = data.encode(loaded, tokenizer, settings.max_input_tokens, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
-    print(
+    say(
         f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
         f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
         f"{settings.max_new_tokens}"
@@ -312,7 +369,7 @@ def drawn(settings, split, rows, examples):
     """That many of the rows, drawn by seed, in their order; all of them where examples is 0."""
     if not 0 < examples < len(rows):
         return rows
-    print(f"{split}: {examples} of them drawn by seed {settings.seed}")
+    say(f"{split}: {examples} of them drawn by seed {settings.seed}")
     order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
     return [rows[i] for i in sorted(order[:examples].tolist())]
 
@@ -341,16 +398,16 @@ def plan(settings, llama, rows, adapters=(), trained=()):
     memory = {"weights": sum(t.numel() * t.element_size() for t in (*llama.parameters(), *llama.buffers()))}
     if packed:
         memory["unpacked weights"] = size * (max(packed) if settings.device == "cuda" else sum(packed))
-    print(f"\ndry run: no weights are read, nothing is trained\n  model    {settings.model}: "
+    say(f"\ndry run: no weights are read, nothing is trained\n  model    {settings.model}: "
           f"{(sum(p.numel() for p in whole.values()) + sum(packed)) / 1e6:,.1f} M parameters")  # fmt: skip
     if rows:
         T = max(len(datum.prompt) + len(datum.response) for datum in rows)
         tokens = sum(len(datum.prompt) + len(datum.response) for datum in rows)
-        print(f"  data     {len(rows):,} rows, {tokens / 1e6:,.2f} M tokens, the longest {T}")
+        say(f"  data     {len(rows):,} rows, {tokens / 1e6:,.2f} M tokens, the longest {T}")
     if learning:
-        print(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning) / 1e6:,.1f} M parameters")
+        say(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning) / 1e6:,.1f} M parameters")
         _, steps, *_ = next(schedule(rows, settings))
-        print(f"  steps    {steps:,} of {settings.batch_size} rows")
+        say(f"  steps    {steps:,} of {settings.batch_size} rows")
         memory["gradients and AdamW"] = 3 * 4 * sum(p.numel() for p in learning)
         for parameter in learning:
             parameter.requires_grad_(True)
@@ -364,54 +421,270 @@ def plan(settings, llama, rows, adapters=(), trained=()):
         width = c.num_hidden_layers * c.num_key_value_heads * c.head_dim
         memory["keys and values"] = 2 * size * settings.batch_size * S * width
     parts = " + ".join(f"{name} {amount / 1e9:.2f}" for name, amount in memory.items())
-    print(f"  memory   {parts} = {sum(memory.values()) / 1e9:.2f} GB, an estimate")
+    say(f"  memory   {parts} = {sum(memory.values()) / 1e9:.2f} GB, an estimate")
 
 
 class Updater:
     """AdamW over one or more groups of parameters, each with its own gradient clip. No weight decay (choice)."""
 
     def __init__(self, *groups, max_grad_norm):
-        self.groups, self.max_grad_norm = groups, max_grad_norm
+        self.groups, self.max_grad_norm, self.loss = groups, max_grad_norm, 0.0
         for parameter in itertools.chain(*groups):
             parameter.requires_grad_(True)
         self.adamw = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0)
 
-    def __call__(self, loss, learning_rate):
-        """One update. Returns the gradient norm before clipping, of the first group."""
-        self.adamw.zero_grad(set_to_none=True)
-        loss.backward()
+    def add(self, loss, share=1.0):
+        """Backward of one part of the batch; share: its part in the mean that the whole batch's loss is."""
+        (loss * share).backward()
+        self.loss += loss.item() * share
+
+    def __call__(self, learning_rate):
+        """One update. Returns the batch's loss and the gradient norm before clipping, of the first group."""
         norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm).item() for group in self.groups]
-        if not all(math.isfinite(number) for number in (loss.item(), *norms)):
-            raise FloatingPointError(f"loss {loss.item()}, gradient norms {norms}: not finite, no update made")
+        loss, self.loss = self.loss, 0.0
+        if not all(math.isfinite(number) for number in (loss, *norms)):
+            raise FloatingPointError(f"loss {loss}, gradient norms {norms}: not finite, no update made")
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.adamw.step()
-        return norms[0]
+        self.adamw.zero_grad(set_to_none=True)
+        return loss, norms[0]
+
+    def tensors(self):
+        """{name: tensor} of all that an update rests on: fp32 weights and AdamW's moments and step numbers."""
+        weights = {f"weight.{i}": p.detach() for i, p in enumerate(itertools.chain(*self.groups))}
+        state = self.adamw.state_dict()["state"]
+        return weights | {f"{key}.{i}": tensor for i, found in state.items() for key, tensor in found.items()}
+
+    def restore(self, tensors):
+        """The inverse of `tensors`. Raises ValueError where they are not of these parameters."""
+        parameters = list(itertools.chain(*self.groups))
+        if any(
+            f"weight.{i}" not in tensors or tensors[f"weight.{i}"].shape != p.shape for i, p in enumerate(parameters)
+        ):
+            raise ValueError("its tensors are not those of this model")
+        state = {}
+        for name, tensor in tensors.items():
+            key, _, i = name.rpartition(".")
+            if key == "weight":
+                parameters[int(i)].data.copy_(tensor)
+            else:
+                state.setdefault(int(i), {})[key] = tensor
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
 
 
-class Journal:
-    """metrics.jsonl, one line a step, and a progress bar with the numbers that matter."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints. Data order, negatives and sampling are pure functions of (seed, stream, step), so weights, moments and
+# the step number are all there is to keep, and a run that was resumed ends with the same bits as one never stopped.
 
-    def __init__(self, folder, stage, settings, shown):
-        self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)  # noqa: SIM115
-        self.bar, self.stage, self.shown, self.settings = None, stage, shown, settings
-        self.since, self.tokens = time.perf_counter(), 0
+CHECKPOINT = ("state.safetensors", "state.json")  # what its manifest.json vouches for
+VERSION = 1  # of this layout
+FREE = {  # settings that change no number: they may differ when a run goes on. Paths do, what lies there may not.
+    "config", "data", "model", "template", "input_column", "target_column", "output_dir", "overwrite", "dry_run",
+    "reward", "init", "micro_batch_size", "resume", "save_every", "keep_checkpoints", "max_time",
+}  # fmt: skip
 
-    def write(self, step, total, tokens, **numbers):
-        """tokens: how many real ones, padding apart, went through the model in this step."""
-        self.bar = self.bar or tqdm.tqdm(total=total, desc=self.stage, unit="step", dynamic_ncols=True)
-        self.file.write(json.dumps({"step": step} | numbers) + "\n")
+
+def checkpoints(folder):
+    """All checkpoints of a stage's folder, the newest last, valid or not."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def write_checkpoint(place, tensors, facts):
+    """Write a checkpoint that is there whole or not at all: first in a hidden folder, manifest last; then rename."""
+    hidden = place.with_name(f".{place.name}")
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed here
+        hidden.mkdir(parents=True)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        contents = dict(zip(CHECKPOINT, (safetensors.save(tensors), json.dumps(facts).encode()), strict=True))
+        manifest = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        for name, content in (*contents.items(), ("manifest.json", json.dumps(manifest).encode())):
+            (hidden / name).write_bytes(content)
+            sync(hidden / name)
+        sync(hidden)
+        shutil.rmtree(place, ignore_errors=True)  # the same step of a run that went on from an earlier one
+        hidden.rename(place)
+        sync(place.parent)
+    except OSError:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def read_checkpoint(place):
+    """(tensors, facts) of a checkpoint. Raises ValueError saying what is wrong where its manifest does not hold."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text())
+        for name in CHECKPOINT:
+            with open(place / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != manifest[name]:
+                    raise ValueError(f"{name} is damaged")
+        facts = json.loads((place / "state.json").read_text())
+        if facts["version"] > VERSION:
+            raise ValueError("it was written by a newer lastmile")
+        return safetensors.load_file(place / "state.safetensors"), facts
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{place}: no valid checkpoint: {error}") from None
+
+
+def digest(*paths, sample=1 << 26):
+    """SHA-256 of files; of a file beyond 64 MiB, of its size and 64 pieces of 1 MiB spread over it."""
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(sample // 64, size // 64)):
+                file.seek(start)
+                found.update(file.read(sample // 64))
+    return found.hexdigest()
+
+
+def fingerprint(stage, settings, rows, base, adapters=()):
+    """What a checkpoint must agree on with the run that goes on from it: {name: hash or value}.
+
+    base: folder of the model (or of pretrain's tokenizer); adapters: folders of those that were loaded.
+    """
+    weights = sorted(path for path in base.glob("*.safetensors"))
+    found = {"stage": stage, "base model": digest(*weights, *base.glob("config.json")),
+             "tokenizer": digest(*(base / name for name in data.TOKENIZERS if (base / name).is_file()))}  # fmt: skip
+    texts, ids = hashlib.sha256(), hashlib.sha256()
+    for datum in rows:
+        texts.update(repr((datum.id, datum.source, datum.target)).encode())
+        ids.update(repr((datum.kind, datum.prompt, datum.response)).encode())
+    found |= {"data": texts.hexdigest(), "prompt template or negatives": ids.hexdigest()}
+    found |= {f"adapter {i}": digest(folder / "adapter_model.safetensors") for i, folder in enumerate(adapters)}
+    return found | {f"--{name.replace('_', '-')}": v for name, v in asdict(settings).items() if name not in FREE}
+
+
+class Stopped(Exception):
+    """A signal or --max-time ended the run; `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
+
+
+class Run:
+    """One training from its start, or from a checkpoint, to its end: its steps, its log, and the ways it can stop.
+
+    with Run(folder, "mle", settings, rows, update, base, shown=["loss"]) as run:
+        for step, rate, index in run.steps():
+            …
+            run.log(step, …)
+    """
+
+    def __init__(self, folder, stage, settings, rows, update, base, adapters=(), shown=()):
+        self.folder, self.stage, self.settings, self.rows, self.update = folder, stage, settings, rows, update
+        self.facts, self.shown = fingerprint(stage, settings, rows, base, adapters), shown
+        self.index, self.stop, self.tokens = [], 0, 0
+        if settings.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.first = self.restore()
+
+    def restore(self):
+        """Take up the checkpoint that --resume names. Returns the number of steps already done."""
+        if not self.settings.resume:
+            return 0
+        named = self.settings.resume != "auto"
+        for place in [Path(self.settings.resume)] if named else reversed(checkpoints(self.folder)):
+            try:
+                tensors, facts = read_checkpoint(place)
+            except ValueError as error:
+                if named:
+                    raise ValueError(f"{error}; name another one, or --resume auto") from None
+                print(f"lastmile.py: {error}; going back to the one before", file=sys.stderr)
+                continue
+            changed = [name for name in self.facts if facts.get(name) != self.facts[name]]
+            if changed:
+                name = changed[0]
+                values = f" ({facts.get(name)!r} then, {self.facts[name]!r} now)" if name.startswith("--") else ""
+                raise ValueError(
+                    f"{place}: {name} has changed since{values}; bring back what it was, or start anew with --overwrite"
+                )
+            self.update.restore(tensors)
+            say(f"{self.stage}: goes on from {place}")
+            return facts["step"]
+        say(f"{self.stage}: no checkpoint to go on from; starts at step 0")
+        return 0
+
+    def __enter__(self):
+        """Open the log, cut to the steps that the checkpoint has seen: a killed run may have written more, or half."""
+        file, lines = self.folder / "metrics.jsonl", []
+        if self.first and file.exists():
+            lines = file.read_bytes().split(b"\n")[: self.first]
+        file.write_bytes(b"".join(line + b"\n" for line in lines))
+        self.file, self.unwritten = os.open(file, os.O_WRONLY | os.O_APPEND), b""
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.since, self.bar = time.monotonic(), None
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.file)
+        if self.bar is not None:
+            self.bar.close()
+        if kind is FloatingPointError:
+            file = self.folder / "bad_batch.json"
+            write_json(file, {"step": self.step, "ids": [self.rows[i].id for i in self.index]})
+            last = [place.name for place in checkpoints(self.folder)[-1:]]
+            error.args = (
+                f"step {self.step}: {error}; the batch's ids are in {file}; last checkpoint: {last or 'none'}",
+            )
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = number
+        os.write(2, b"\nlastmile.py: finishing this step, then saving; once more to leave at once\n")
+
+    def steps(self, warmup_steps=0):
+        """Yield (step, learning rate, row numbers) of the steps still to do; save and stop between them when due."""
+        for step, total, rate, index in schedule(self.rows, self.settings, warmup_steps):
+            if step < self.first:
+                continue
+            self.step, self.index = step, index
+            self.bar = self.bar or tqdm.tqdm(
+                total=total, initial=self.first, desc=self.stage, unit="step", dynamic_ncols=True
+            )
+            yield step, rate, index
+            self.bar.update()
+            if 0 < self.settings.max_time * 60 < time.monotonic() - self.since:
+                self.stop = self.stop or signal.SIGTERM
+            done = step + 1
+            if done % self.settings.save_every == 0 or done == total or self.stop:
+                self.save(done, must=done == total or self.stop)
+            if self.stop:
+                raise Stopped(self.stop)
+
+    def save(self, done, must):
+        """Write a checkpoint and let the oldest go. A full disk is an error only where there will be no next time."""
+        place = self.folder / "checkpoints" / f"step-{done:08}"
+        try:
+            os.fsync(self.file)
+            write_checkpoint(place, self.update.tensors(), self.facts | {"step": done, "version": VERSION})
+        except OSError as error:
+            if must:
+                raise
+            say(f"\nlastmile.py: {place}: not saved ({error.strerror}); the run and its older checkpoints go on",
+                  file=sys.stderr)  # fmt: skip
+        for old in checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def log(self, step, tokens, **numbers):
+        """A line of metrics.jsonl, and now and then the bar. tokens: the real ones of this step, padding apart."""
         self.tokens += tokens
-        if step % self.settings.log_every == 0 or step == total - 1:
+        self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
+        with suppress(OSError):  # a full disk: the lines wait for the next time, and `save` says so
+            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
+        if step % self.settings.log_every == 0:
             shown = {name: f"{numbers[name]:.3g}" for name in self.shown if numbers[name] is not None}
-            shown["tok/s"] = f"{self.tokens / (time.perf_counter() - self.since):.0f}"
+            shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.since):.0f}"
             if self.settings.device == "cuda":
                 shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
             self.bar.set_postfix(shown)
-        self.bar.update()
-        if step == total - 1:
-            self.bar.close()
-            self.file.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,7 +705,7 @@ def pretrain(settings):
         texts = [data.SHORT_TEMPLATE.replace("{source}", e.source) + " " + e.target for e in examples]
         tokenizer = data.train_tokenizer(texts, settings.vocab_size, folder)
         rows, _ = data.encode(examples, tokenizer, settings.max_input_tokens, settings.max_new_tokens)
-        print(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
+        say(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
         rows = drawn(settings, "pretrain", rows, settings.train_examples)
         rows = [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
         config = model.LlamaConfig(
@@ -444,12 +717,14 @@ def pretrain(settings):
             return plan(settings, llama.to("meta"), rows, trained=["base"])
         llama.to(settings.device)
         update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)
-        journal = Journal(folder, "pretrain", settings, ["loss"])
-        for step, total, rate, index in schedule(rows, settings, settings.warmup_steps):
-            batch = data.collate([rows[i] for i in index], settings.device)
-            loss = ppo.mle_loss(ppo.policy_logp(llama, batch), batch.mask)
-            norm = update(loss, rate)
-            journal.write(step, total, batch.mask.sum().item(), loss=loss.item(), grad_norm=norm, learning_rate=rate)
+        with Run(folder, "pretrain", settings, rows, update, folder, shown=["loss"]) as run:
+            for step, rate, index in run.steps(settings.warmup_steps):
+                batch = data.collate([rows[i] for i in index], settings.device)
+                for part in data.parts(batch, settings.micro_batch_size):
+                    loss = ppo.mle_loss(ppo.policy_logp(llama, part), part.mask)
+                    update.add(loss, data.share(part.mask, batch.mask))
+                loss, norm = update(rate)
+                run.log(step, batch.mask.sum().item(), loss=loss, grad_norm=norm, learning_rate=rate)
         model.save(llama, folder)
 
 
@@ -487,17 +762,20 @@ def train_reward(settings):
         if settings.dry_run:
             return plan(settings, llama, rows, ["reward"], ["reward"])
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
-        journal = Journal(folder, "reward", settings, ["loss", "positive", "negative"])
-        for step, total, rate, index in schedule(rows, settings):
-            batch = data.collate([rows[i] for i in index], settings.device)
-            score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
-            loss = ppo.reward_loss(score, batch)
-            norm = update(loss, rate)
-            good = batch.mask & (batch.label == 1)[:, None]
-            journal.write(
-                step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate,
-                positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
-            )  # fmt: skip
+        base, shown = base_folder(settings), ["loss", "positive", "negative"]
+        with Run(folder, "reward", settings, rows, update, base, shown=shown) as run:
+            for step, rate, index in run.steps():
+                batch, scores = data.collate([rows[i] for i in index], settings.device), []
+                for part in data.parts(batch, settings.micro_batch_size):
+                    score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T)
+                    update.add(ppo.reward_loss(score, part), data.share(part.weight, batch.weight))
+                    scores.append(score.detach())
+                loss, norm = update(rate)
+                score, good = torch.cat(scores), batch.mask & (batch.label == 1)[:, None]
+                run.log(
+                    step, tokens_of(batch), loss=loss, grad_norm=norm, learning_rate=rate,
+                    positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
+                )  # fmt: skip
         llama.save_adapter("reward", folder, settings.model)
         report = reward_report(settings, llama, data.with_negatives(
             heldout, tokenizer, settings.max_new_tokens, settings.seed
@@ -519,8 +797,8 @@ def reward_report(settings, llama, rows):
     for kind in data.NEGATIVES:
         report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
     lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
-    print(f"\nheld out, {len(scores['positive'])} validation examples:")
-    print(evaluation.markdown([["class", "mean score", "AUC of positives against it"], *lines]))
+    say(f"\nheld out, {len(scores['positive'])} validation examples:")
+    say(evaluation.markdown([["class", "mean score", "AUC of positives against it"], *lines]))
     return report
 
 
@@ -543,17 +821,21 @@ def train_mle(settings):
         if settings.dry_run:
             return plan(settings, llama, rows, ["mle"], ["mle"])
         update = Updater(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
-        journal = Journal(folder, "mle", settings, ["loss"])
-        for step, total, rate, index in schedule(rows, settings):
-            batch = data.collate([rows[i] for i in index], settings.device)
-            loss = ppo.mle_loss(ppo.policy_logp(llama, batch, "mle"), batch.mask)
-            norm = update(loss, rate)
-            journal.write(step, total, tokens_of(batch), loss=loss.item(), grad_norm=norm, learning_rate=rate)
+        with Run(folder, "mle", settings, rows, update, base_folder(settings), shown=["loss"]) as run:
+            for step, rate, index in run.steps():
+                batch = data.collate([rows[i] for i in index], settings.device)
+                for part in data.parts(batch, settings.micro_batch_size):
+                    loss = ppo.mle_loss(ppo.policy_logp(llama, part, "mle"), part.mask)
+                    update.add(loss, data.share(part.mask, batch.mask))
+                loss, norm = update(rate)
+                run.log(step, tokens_of(batch), loss=loss, grad_norm=norm, learning_rate=rate)
         llama.save_adapter("mle", folder, settings.model)
 
 
 def train_ppo(settings):
     """Policy and value against the reward model; half of the batches sampled, half ground truth (paper, 3.3)."""
+    if settings.whiten and settings.micro_batch_size:
+        raise ValueError("--whiten needs the whole batch's advantages at once; leave out --micro-batch-size")
     with stage_folder(settings, "ppo") as folder:
         start = adapter_folder(settings, settings.init) if settings.init != "base" else None
         reward_first(settings)
@@ -575,19 +857,21 @@ def train_ppo(settings):
             return plan(settings, llama, rows, ["policy", "value", "reward"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
-        journal = Journal(folder, "ppo", settings, ["return", "reward", "length", "explained_variance"])
-        for step, total, rate, index in schedule(rows, settings):
-            batch = data.collate([rows[i] for i in index], settings.device)
-            truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
-            if not truth:
-                draw = generator(settings, "rollout", step, device=settings.device)
-                batch = ppo.rollout(
-                    batch, lambda prompts, draw=draw: model.sample(
-                        llama, prompts, "policy", settings.max_new_tokens, generator=draw
-                    ),
-                )  # fmt: skip
-            numbers = ppo_updates(settings, llama, batch, update, rate, logged=step % settings.log_every == 0)
-            journal.write(step, total, tokens_of(batch), ground_truth=truth, learning_rate=rate, **numbers)
+        loaded = [Path(settings.reward), *([start] if start else [])]
+        shown = ["return", "reward", "length", "explained_variance"]
+        with Run(folder, "ppo", settings, rows, update, base_folder(settings), loaded, shown) as run:
+            for step, rate, index in run.steps():
+                batch = data.collate([rows[i] for i in index], settings.device)
+                truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
+                if not truth:
+                    draw = generator(settings, "rollout", step, device=settings.device)
+                    batch = ppo.rollout(
+                        batch, lambda prompts, draw=draw: model.sample(
+                            llama, prompts, "policy", settings.max_new_tokens, generator=draw
+                        ),
+                    )  # fmt: skip
+                numbers = ppo_updates(settings, llama, batch, update, rate, logged=step % settings.log_every == 0)
+                run.log(step, tokens_of(batch), ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
 
@@ -598,37 +882,45 @@ def reward_first(settings):
     if Path(settings.reward).exists() or settings.dry_run:
         return
     need(default.parent if Path(settings.reward) == default else settings.reward, "reward")
-    print(f"ppo: no reward model in {default} yet; training it first")
+    say(f"ppo: no reward model in {default} yet; training it first")
     shared = [f.name for f in fields(Common)] + ["train_examples", "max_steps", "log_every"]
     train_reward(resolve("reward", {name: getattr(settings, name) for name in shared}))
 
 
 def ppo_updates(settings, llama, batch, update, rate, logged):
     """All updates on one batch, one by default. Returns the numbers of the last."""
-    traj = None
-    for _ in range(settings.ppo_epochs):
-        logp, entropy, value, score = ppo.actor_critic(llama, batch, with_reward=traj is None)
-        if traj is None:
-            numbers = {}
-            kl = None
-            if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
-                with torch.inference_mode():
-                    base = ppo.policy_logp(llama, batch)
-                difference = logp.detach() - base
-                numbers["kl"] = ppo.masked_mean(difference, batch.mask).item()
-                kl = settings.kl_coef * difference if settings.kl_coef else None
-            traj = ppo.trajectory(
-                batch, logp, value, score, settings.gamma, settings.lam, settings.length_penalty,
-                settings.reward_clamp, kl, settings.whiten,
-            )  # fmt: skip
-        policy_loss = ppo.policy_loss(logp, traj, settings.clip_range)
-        value_loss = ppo.value_loss(value, traj, settings.value_clip)
-        loss = policy_loss + value_loss
-        if settings.entropy_coef:
-            loss = loss - settings.entropy_coef * ppo.masked_mean(entropy, batch.mask)
-        norm = update(loss, rate)
-    statistics = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
-    return statistics | numbers | dict(policy_loss=policy_loss.item(), value_loss=value_loss.item(), grad_norm=norm)
+    parts = data.parts(batch, settings.micro_batch_size)
+    trajs, kls = [], []
+    for epoch in range(settings.ppo_epochs):
+        passes, losses = [], torch.zeros(2)
+        for i, part in enumerate(parts):
+            logp, entropy, value, score = ppo.actor_critic(llama, part, with_reward=epoch == 0)
+            if epoch == 0:
+                kl = None
+                if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
+                    with torch.inference_mode():
+                        kls.append(logp.detach() - ppo.policy_logp(llama, part))  # (B, T)
+                    kl = settings.kl_coef * kls[-1] if settings.kl_coef else None
+                trajs.append(ppo.trajectory(
+                    part, logp, value, score, settings.gamma, settings.lam, settings.length_penalty,
+                    settings.reward_clamp, kl, settings.whiten,
+                ))  # fmt: skip
+            policy_loss = ppo.policy_loss(logp, trajs[i], settings.clip_range)
+            value_loss = ppo.value_loss(value, trajs[i], settings.value_clip)
+            loss = policy_loss + value_loss
+            if settings.entropy_coef:
+                loss = loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
+            share = data.share(part.mask, batch.mask)
+            update.add(loss, share)
+            losses += share * torch.tensor([policy_loss.item(), value_loss.item()])
+            passes.append((logp.detach(), value.detach(), entropy.detach()))
+        _, norm = update(rate)
+    logp, value, entropy = (torch.cat(column) for column in zip(*passes, strict=True))
+    traj = ppo.Trajectory(*(torch.cat(column) for column in zip(*(vars(t).values() for t in trajs), strict=True)))
+    numbers = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
+    if kls:
+        numbers["kl"] = ppo.masked_mean(torch.cat(kls), batch.mask).item()
+    return numbers | dict(policy_loss=losses[0].item(), value_loss=losses[1].item(), grad_norm=norm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -694,9 +986,9 @@ def evaluate(settings):
         facts = {"data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
                  "n": len(rows), "bleurt": note}  # fmt: skip
         write_json(folder / "facts.json", facts)
-    print(f"\n{rows[0].source}\n\nreference: {references[0]}")
+    say(f"\n{rows[0].source}\n\nreference: {references[0]}")
     for name in names:
-        print(f"{name}: {columns[name][0]}")
+        say(f"{name}: {columns[name][0]}")
 
 
 def add_bleurt(settings, examples, columns, references):
@@ -720,8 +1012,8 @@ def show_tables(settings):
     need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
     text = evaluation.tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
     (folder / "tables.md").write_text(text + "\n")
-    print(text)
-    print(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
+    say(text)
+    say(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 
 
 def answer(settings, text):
@@ -736,7 +1028,7 @@ def answer(settings, text):
     response = model.sample(
         llama, [prompt], adapter, settings.max_new_tokens, settings.temperature, draw, settings.top_k, settings.top_p
     )
-    print(tokenizer.decode(response[0]))
+    say(tokenizer.decode(response[0]))
 
 
 def merge(settings):
@@ -768,6 +1060,10 @@ COMMANDS = {  # name: (settings, function, one line)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line instead of the whole usage
+        if unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            flags = {"--" + f.name.replace("_", "-") for settings, *_ in COMMANDS.values() for f in fields(settings)}
+            near = difflib.get_close_matches(unknown[1], flags, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
 
 
@@ -857,7 +1153,9 @@ def parse(arguments):
                 help += f" [{f.default}{'' if toy is None else f'; toy: {toy}'}]"
             help = help.replace("%", "%%")
             flag = "--" + f.name.replace("_", "-")
-            if f.type is bool:
+            if f.name == "resume":
+                command.add_argument(flag, nargs="?", const="auto", help=help, metavar="PATH")
+            elif f.type is bool:
                 command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
             else:
                 command.add_argument(flag, type=converter(f), help=help, metavar="X")
@@ -897,23 +1195,39 @@ def raised_here(error):
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == ROOT
 
 
+def diagnosis(error):
+    """(exit code, what to say) of an error that is not a bug of this program; None for one that is."""
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        number = getattr(error, "signal", signal.SIGINT)
+        return 128 + number, "stopped; if a training had begun, the same command with --resume goes on with it"
+    if isinstance(error, FloatingPointError):
+        return 3, error
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return 4, ("out of memory; a smaller --micro-batch-size changes no result, a smaller --batch-size, "
+                   "--max-input-tokens or --max-new-tokens does; --dry-run estimates the need")  # fmt: skip
+    if isinstance(error, OSError):
+        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else 2, error
+    return (2, error) if isinstance(error, ValueError) and raised_here(error) else None
+
+
 def main(arguments=None):
+    def stop(number, frame):
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)  # outside of trainings, which finish their step first
     try:
         command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
         run = COMMANDS[command][1]
         run(settings, text) if command == "sample" else run(settings)
-    except KeyboardInterrupt:
-        print("lastmile.py: interrupted; nothing but the unfinished stage is lost", file=sys.stderr)
-        return 130
-    except FloatingPointError as error:
-        print(f"lastmile.py: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError) as error:
-        if os.environ.get("LASTMILE_TRACEBACK") or not (isinstance(error, OSError) or raised_here(error)):
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        found = diagnosis(error)
+        if found is None or os.environ.get("LASTMILE_TRACEBACK"):
             raise
-        print(f"lastmile.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(f"lastmile.py: {visible(' '.join(str(found[1]).split()))}", file=sys.stderr)
+        return found[0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
 
@@ -119,7 +119,7 @@ def save_adapter(module, name, folder, base_name, head=None):
     if head is not None:
         tensors[f"{PREFIX}score.weight"] = head
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
