@@ -78,6 +78,9 @@ SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a lone file
 FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is below some news articles
+ROW_LIMIT = 10_000_000
+FILE_LIMIT = 2 << 30  # bytes of a text file, which is read whole
+INFLATION_LIMIT = 100  # times its own size that a parquet file may unfold to; texts reach about 5
 
 
 def load(name_or_path, split, input_column=None, target_column=None):
@@ -113,6 +116,8 @@ def load(name_or_path, split, input_column=None, target_column=None):
                 empty += 1  # XSum has a few, which its user cannot mend
             else:
                 examples.append(to_example(f"{file}:{number}", row, columns))
+            if len(examples) > ROW_LIMIT:
+                raise ValueError(f"{file}: over {ROW_LIMIT} rows; cut it")
     if empty:
         print(f"{split}: {empty} rows of {name_or_path} have an empty text and are passed over", file=sys.stderr)
     if path.is_file():
@@ -183,6 +188,8 @@ def read_rows(file):
     if file.suffix == ".parquet":
         yield from enumerate(read_parquet(file), 1)
         return
+    if file.stat().st_size > FILE_LIMIT:
+        raise ValueError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
     try:
         text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -192,27 +199,49 @@ def read_rows(file):
         if file.suffix == ".jsonl":
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, json.loads(line)
+                    yield number, parse_json(line)
         elif file.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
-            yield from enumerate(rows, 1)
+            rows = parse_json(text)
+            yield from enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
             reader = csv.DictReader(lines, strict=True)
             for row in reader:
                 number = reader.line_num
                 yield number, row
-    except (csv.Error, json.JSONDecodeError) as error:
-        if file.suffix == ".csv":
-            number += 1  # the row after the last good one
-        number = getattr(error, "lineno", 0) if file.suffix == ".json" else number
+    except (csv.Error, json.JSONDecodeError, BadJson) as error:
+        number += file.suffix == ".csv"  # the row after the last good one
+        number = number or getattr(error, "lineno", 1)
         raise ValueError(f"{file}:{number}: {error}; mend or remove that row") from None
 
 
+class BadJson(ValueError):
+    """What Python's json reads, but the standard does not have."""
+
+
+def parse_json(text):
+    """JSON as the standard has it: no NaN, no key twice, no nesting or number without end."""
+
+    def once(pairs):
+        if len(found := dict(pairs)) < len(pairs):
+            raise BadJson("a key stands there twice")
+        return found
+
+    def refuse(name):
+        raise BadJson(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+    except RecursionError:
+        raise BadJson("nested too deep") from None
+    except (json.JSONDecodeError, BadJson):
+        raise
+    except ValueError as error:  # a whole number of more than 4300 digits
+        raise BadJson(str(error)) from None
+
+
 def read_parquet(file):
-    """Yield the rows of a parquet file as dicts, one row group in memory at a time."""
+    """Yield the rows of a parquet file as dicts, a few in memory at a time."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -220,10 +249,19 @@ def read_parquet(file):
         raise ValueError(f"{file}: parquet needs pyarrow; install it: pip install 'pyarrow==26.0.1'") from None
     try:
         with ParquetFile(file) as opened:
-            for group in range(opened.num_row_groups):
-                yield from opened.read_row_group(group).to_pylist()
+            groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
+            most = INFLATION_LIMIT * file.stat().st_size + (64 << 20)
+            size = sum(group.total_byte_size for group in groups)
+            for batch in opened.iter_batches(256) if size <= most else []:
+                rows = batch.to_pylist()
+                size += sum(len(cell) for row in rows for cell in row.values() if isinstance(cell, str))
+                if size > most:
+                    break
+                yield from rows
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
+    if size > most:
+        raise ValueError(f"{file}: unfolds to over {INFLATION_LIMIT} times its size, as no text does; fetch it again")
 
 
 def guess_columns(where, row, input_column, target_column):
@@ -253,6 +291,8 @@ def to_example(where, row, columns):
     for column, text in zip(columns, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: column {column!r} is empty or not text; mend or remove that row")
+        if len(text) > FIELD_LIMIT:
+            raise ValueError(f"{where}: column {column!r} is longer than {FIELD_LIMIT} characters; cut or remove it")
         if not encodable(text):
             raise ValueError(f"{where}: column {column!r} holds half a UTF-16 pair; mend or remove that row")
     target = row[columns[1]]
@@ -377,11 +417,19 @@ class Tokenizer:
         return ids[: ids.index(self.eos)] if self.eos in ids else ids
 
 
+def tokenizer_file(folder, name, limit):
+    """The file, unless it is larger than any tokenizer is."""
+    file = Path(folder) / name
+    if file.stat().st_size > limit:
+        raise ValueError(f"{file}: over {limit >> 20} MiB, no tokenizer; fetch it again")
+    return file
+
+
 class SentencePieceTokenizer(Tokenizer):
     """tokenizer.model, of Llama 2, TinyLlama and Mistral."""
 
     def __init__(self, folder, template=""):
-        file = Path(folder) / "tokenizer.model"
+        file = tokenizer_file(folder, "tokenizer.model", 16 << 20)
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.Load(str(file))
@@ -412,7 +460,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, folder, template=""):
         import tokenizers
 
-        file = Path(folder) / "tokenizer.json"
+        file = tokenizer_file(folder, "tokenizer.json", 128 << 20)
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(read_text(file))
         except ValueError:
@@ -437,7 +485,7 @@ class JsonTokenizer(Tokenizer):
         file = folder / "tokenizer_config.json"
         try:
             eos = json.loads(read_text(file)).get("eos_token")
-        except (json.JSONDecodeError, AttributeError, OSError) as error:
+        except (json.JSONDecodeError, AttributeError, OSError, RecursionError) as error:
             raise ValueError(f"{file}: needed to know the EOS token, but unreadable ({error}); fetch it") from None
         return eos.get("content") if isinstance(eos, dict) else eos
 

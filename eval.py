@@ -125,7 +125,7 @@ def bleurt(predictions, references, checkpoint, batch_size=16, device="cpu"):
     from bleurt_pytorch import BleurtConfig, BleurtForSequenceClassification, BleurtTokenizer
 
     config = BleurtConfig.from_pretrained(checkpoint)
-    encoder = BleurtForSequenceClassification.from_pretrained(checkpoint, config=config).to(device).eval()
+    encoder = BleurtForSequenceClassification.from_pretrained(checkpoint, config=config).to(device).train(False)
     tokenizer = BleurtTokenizer.from_pretrained(checkpoint)
     scores = []
     for start in range(0, len(predictions), batch_size):

@@ -330,8 +330,12 @@ def open_base(settings, dtype=None):
             f"({llama.config.vocab_size}, EOS {eos}); fetch the model again"
         )
     ends = dict.fromkeys((*eos, tokenizer.eos))  # a template may end answers with a token of its own
-    llama.config = replace(llama.config, eos_token_id=tuple(ends))
+    llama.config, llama.hash = replace(llama.config, eos_token_id=tuple(ends)), model_hash(folder)
     return llama, tokenizer
+
+
+def model_hash(folder):
+    return digest(*sorted(folder.glob("*.safetensors")), folder / "config.json")
 
 
 COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -352,11 +356,11 @@ def prepare(settings, split, tokenizer, examples=0, append_eos=True):
     """One split as a list of Datum, filtered and, where asked, cut to a number of examples drawn by seed."""
     loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
     kept, counts = data.encode(loaded, tokenizer, settings.max_input_tokens, settings.max_new_tokens, append_eos)
-    dropped = len(loaded) - len(kept)
+    dropped, again = len(loaded) - len(kept), len(loaded) - len({(e.source, e.target) for e in loaded})
     say(
         f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
         f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
-        f"{settings.max_new_tokens}"
+        f"{settings.max_new_tokens}{f'; {again} stand there more than once' if again else ''}"
     )
     if not kept:
         raise ValueError(
@@ -545,8 +549,7 @@ def fingerprint(stage, settings, rows, base, adapters=()):
 
     base: folder of the model (or of pretrain's tokenizer); adapters: folders of those that were loaded.
     """
-    weights = sorted(path for path in base.glob("*.safetensors"))
-    found = {"stage": stage, "base model": digest(*weights, *base.glob("config.json")),
+    found = {"stage": stage, "base model": model_hash(base) if (base / "config.json").exists() else "",
              "tokenizer": digest(*(base / name for name in data.TOKENIZERS if (base / name).is_file()))}  # fmt: skip
     texts, ids = hashlib.sha256(), hashlib.sha256()
     for datum in rows:
@@ -756,6 +759,9 @@ def train_reward(settings):
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
         heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
         rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
+        for kind in data.NEGATIVES:
+            if missing := len(positives) - sum(row.kind == kind for row in rows):
+                say(f"negatives: {missing} examples have no {kind} one, their outputs being a single word")
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
         llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, draw, head="normal")
@@ -958,6 +964,10 @@ def evaluate(settings):
         rows = prepare(settings, "test", tokenizer, settings.test_examples)
         if settings.dry_run:
             return plan(settings, llama, rows)
+        if settings.data not in data.PRESETS:
+            train = {e.source for e in data.load(settings.data, "train", settings.input_column, settings.target_column)}
+            if seen := sum(datum.source in train for datum in rows):
+                print(f"lastmile.py: warning: {seen} test inputs stand in the training split too", file=sys.stderr)
         references = [datum.target for datum in rows]
         columns = {}
         for name, adapter in adapters.items():
@@ -1011,7 +1021,7 @@ def show_tables(settings):
     folder = Path(settings.output_dir) / "eval"
     need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
     text = evaluation.tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
-    (folder / "tables.md").write_text(text + "\n")
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     say(text)
     say(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 
@@ -1035,6 +1045,7 @@ def merge(settings):
     """Base and adapter as one fp16 Hugging Face folder, for tools that know no adapters and no GPTQ."""
     with stage_folder(settings, "merge") as folder:
         llama, _ = open_base(settings, torch.float16)
+        llama.hash = ""  # an adapter trained over the 4-bit form may be folded into the model that this was made from
         llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
         if settings.dry_run:
             return plan(settings, llama, [], ["merged"])
@@ -1073,7 +1084,7 @@ def out_of_range(f, value):
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         return f"choose from {', '.join(f.metadata['choices'])}"
     if f.type in (str, bool):
-        return ""
+        return "text with a NUL in it" if value and "\0" in str(value) else ""
     wanted = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
     wanted += [f"at most {high}"] * (high is not None)
     inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
@@ -1101,7 +1112,7 @@ def read_settings(file, command):
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
-    except ValueError as error:  # TOMLDecodeError, JSONDecodeError and UnicodeDecodeError are all of them
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError or UnicodeDecodeError is a ValueError
         raise ValueError(f"{file}: unreadable settings: {error}; mend the file") from None
     for name in ("stage", "commit"):  # what a saved config.json holds beside the settings
         raw.pop(name, None)

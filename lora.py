@@ -99,10 +99,11 @@ def adapter_parameters(module, name):
     return found
 
 
-def save_adapter(module, name, folder, base_name, head=None):
+def save_adapter(module, name, folder, base_name, head=None, base_hash=""):
     """Write adapter_config.json and adapter_model.safetensors, fp32, with PEFT's names.
 
     head: (1, C) parameter of a scalar head, saved as `score` of a SEQ_CLS adapter; None for a language model.
+    base_hash: what tells this base from others of its shape, kept beside them in base.sha256.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,8 @@ def save_adapter(module, name, folder, base_name, head=None):
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if base_hash:
+        (folder / "base.sha256").write_text(base_hash + "\n")
 
 
 # What else a PEFT config may say that would change the maths; each must be as here, or absent.
@@ -132,11 +135,12 @@ PLAIN = {
 }  # fmt: skip
 
 
-def load_adapter(module, name, folder):
+def load_adapter(module, name, folder, base_hash=""):
     """Add the adapter of a folder, ours or PEFT's, under the given name, frozen. Returns its head (1, C), or None.
 
     The keys must be exactly those that the config promises for this model: a file that fits in part would leave
-    layers silently unadapted. Raises FileNotFoundError or ValueError with the file and what is wrong.
+    layers silently unadapted. base_hash: as in `save_adapter`; where both sides know it, it must be the same.
+    Raises FileNotFoundError or ValueError with the file and what is wrong.
     """
     folder = Path(folder)
     place, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -150,10 +154,18 @@ def load_adapter(module, name, folder):
         config = json.loads(place.read_text(encoding="utf-8-sig"))
         r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
         tensors = load_file(file)
-        if r < 1 or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise TypeError(f"r {r}, target_modules {targets!r}: a rank of at least 1 and a list of names are needed")
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        ranks = {tensor.shape[:1] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+        if (r,) not in ranks or not math.isfinite(alpha):
+            raise TypeError(
+                f"r {r} and lora_alpha {alpha} in the config, ranks {sorted(map(tuple, ranks))} in the file"
+            )
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
+    trained_on = folder / "base.sha256"
+    if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
+        raise ValueError(f"{folder}: trained on another base model than this one; name that one, or train it again")
     for flag, plain in PLAIN.items():
         if config.get(flag) not in (None, False, plain):
             raise ValueError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")

@@ -105,8 +105,12 @@ def read_config(folder):
         raise ValueError(f"{file}: missing or malformed field: {error}; fetch the file again") from None
     numbers = {name: value for name, value in asdict(config).items() if type(value) in (int, float)}
     numbers.pop("bos_token_id", None)
-    if wrong := [name for name, value in numbers.items() if not value > 0]:
-        raise ValueError(f"{file}: {wrong[0]} is {numbers[wrong[0]]}, must be above 0; fetch the file again")
+    most = {"num_hidden_layers": 1000, "rope_theta": 1e12}  # checked before anything is made of that size
+    for name, value in numbers.items():
+        if not 0 < value <= most.get(name, 1 << 24):
+            raise ValueError(
+                f"{file}: {name} is {value}, expected 1 to {most.get(name, 1 << 24)}; fetch the file again"
+            )
     if heads % config.num_key_value_heads or config.head_dim % 2:
         raise ValueError(
             f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
@@ -146,11 +150,14 @@ def read_quantization(folder, raw):
 
 
 def read_json(file):
+    """The object in a JSON file of at most 64 MiB, the largest index of shards being well below."""
     try:
+        if Path(file).stat().st_size > 64 << 20:
+            raise ValueError("over 64 MiB")
         found = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file; a model folder needs it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON ({error}); fetch the file again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a JSON object; fetch the file again")
@@ -298,6 +305,7 @@ class Llama(nn.Module):
         )
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
+        self.hash = ""  # of its files, where the caller knows them: adapters remember their base by it
 
     def forward(self, tokens, adapter=None, cache=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
@@ -340,11 +348,11 @@ class Llama(nn.Module):
         return [*adapter_parameters(self, name).values(), *([self.score[name]] if name in self.score else [])]
 
     def save_adapter(self, name, folder, base_name):
-        save_adapter(self, name, folder, base_name, self.score[name] if name in self.score else None)
+        save_adapter(self, name, folder, base_name, self.score[name] if name in self.score else None, self.hash)
 
     def load_adapter(self, name, folder, head=False):
         """Load a saved adapter. head: whether it must bring a scalar head."""
-        weight = load_adapter(self, name, folder)
+        weight = load_adapter(self, name, folder, self.hash)
         if (weight is not None) != head or (head and weight.shape != (1, self.config.hidden_size)):
             need = f"needs a score head of (1, {self.config.hidden_size})" if head else "must not have a score head"
             raise ValueError(f"{folder}: a {name} adapter {need}; is it the adapter of another stage?")
