@@ -101,6 +101,7 @@ class Schedule(Common):
     train_examples: int = opt(0, "training examples drawn by seed; 0: all, of xsum 15,000 (P 4.2)", least=0)
     max_grad_norm: float = opt(1.0, "gradient norm above which an adapter's is scaled down (choice: HF's)", above=0)
     log_every: int = opt(10, "steps between updates of the progress line (and, in ppo, of the KL to the base)", least=1)
+    grad_checkpoint: bool = opt(False, "compute activations anew in the backward: the same gradients, less memory")
     micro_batch_size: int = opt(0, "rows that pass at once, to save memory; the update is the same; 0: all", least=0)
     resume: str = opt("", "go on from the newest valid checkpoint (auto, or no value), or from the folder of one")
     save_every: int = opt(100, "steps between checkpoints", least=1)
@@ -330,6 +331,7 @@ def open_base(settings, dtype=None):
             f"({llama.config.vocab_size}, EOS {eos}); fetch the model again"
         )
     ends = dict.fromkeys((*eos, tokenizer.eos))  # a template may end answers with a token of its own
+    llama.recompute = getattr(settings, "grad_checkpoint", False)
     llama.config, llama.hash = replace(llama.config, eos_token_id=tuple(ends)), model_hash(folder)
     return llama, tokenizer
 
@@ -485,7 +487,7 @@ CHECKPOINT = ("state.safetensors", "state.json")  # what its manifest.json vouch
 VERSION = 1  # of this layout
 FREE = {  # settings that change no number: they may differ when a run goes on. Paths do, what lies there may not.
     "config", "data", "model", "template", "input_column", "target_column", "output_dir", "overwrite", "dry_run",
-    "reward", "init", "micro_batch_size", "resume", "save_every", "keep_checkpoints", "max_time",
+    "reward", "init", "micro_batch_size", "grad_checkpoint", "resume", "save_every", "keep_checkpoints", "max_time",
 }  # fmt: skip
 
 
@@ -676,9 +678,11 @@ class Run:
         for old in checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def log(self, step, tokens, **numbers):
-        """A line of metrics.jsonl, and now and then the bar. tokens: the real ones of this step, padding apart."""
+    def log(self, step, batch, **numbers):
+        """A line of metrics.jsonl, and now and then the bar."""
+        tokens = (batch.prompt_len.sum() + batch.mask.sum()).item()  # real ones, padding apart
         self.tokens += tokens
+        numbers["padding"] = round(1 - tokens / batch.tokens.numel(), 4)
         self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
         with suppress(OSError):  # a full disk: the lines wait for the next time, and `save` says so
             self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
@@ -716,6 +720,7 @@ def pretrain(settings):
             eos_token_id=(tokenizer.eos,),
         )  # fmt: skip
         llama = model.initialize(config, generator(settings, "pretrain"))
+        llama.recompute = settings.grad_checkpoint
         if settings.dry_run:
             return plan(settings, llama.to("meta"), rows, trained=["base"])
         llama.to(settings.device)
@@ -727,7 +732,7 @@ def pretrain(settings):
                     loss = ppo.mle_loss(ppo.policy_logp(llama, part), part.mask)
                     update.add(loss, data.share(part.mask, batch.mask))
                 loss, norm = update(rate)
-                run.log(step, batch.mask.sum().item(), loss=loss, grad_norm=norm, learning_rate=rate)
+                run.log(step, batch, loss=loss, grad_norm=norm, learning_rate=rate)
         model.save(llama, folder)
 
 
@@ -779,7 +784,7 @@ def train_reward(settings):
                 loss, norm = update(rate)
                 score, good = torch.cat(scores), batch.mask & (batch.label == 1)[:, None]
                 run.log(
-                    step, tokens_of(batch), loss=loss, grad_norm=norm, learning_rate=rate,
+                    step, batch, loss=loss, grad_norm=norm, learning_rate=rate,
                     positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
                 )  # fmt: skip
         llama.save_adapter("reward", folder, settings.model)
@@ -808,11 +813,6 @@ def reward_report(settings, llama, rows):
     return report
 
 
-def tokens_of(batch):
-    """Real tokens of a batch, padding apart."""
-    return (batch.prompt_len.sum() + batch.mask.sum()).item()
-
-
 def mean_or_none(x, mask):
     return ppo.masked_mean(x, mask).item() if mask.any() else None
 
@@ -834,7 +834,7 @@ def train_mle(settings):
                     loss = ppo.mle_loss(ppo.policy_logp(llama, part, "mle"), part.mask)
                     update.add(loss, data.share(part.mask, batch.mask))
                 loss, norm = update(rate)
-                run.log(step, tokens_of(batch), loss=loss, grad_norm=norm, learning_rate=rate)
+                run.log(step, batch, loss=loss, grad_norm=norm, learning_rate=rate)
         llama.save_adapter("mle", folder, settings.model)
 
 
@@ -860,7 +860,7 @@ def train_ppo(settings):
             "value", settings.lora_r, settings.lora_alpha, targets, generator(settings, "value"), head="zero"
         )
         if settings.dry_run:
-            return plan(settings, llama, rows, ["policy", "value", "reward"], ["policy", "value"])
+            return plan(settings, llama, rows, ["policy", "value"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
         loaded = [Path(settings.reward), *([start] if start else [])]
@@ -877,7 +877,7 @@ def train_ppo(settings):
                         ),
                     )  # fmt: skip
                 numbers = ppo_updates(settings, llama, batch, update, rate, logged=step % settings.log_every == 0)
-                run.log(step, tokens_of(batch), ground_truth=truth, learning_rate=rate, **numbers)
+                run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
 
@@ -900,7 +900,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
     for epoch in range(settings.ppo_epochs):
         passes, losses = [], torch.zeros(2)
         for i, part in enumerate(parts):
-            logp, entropy, value, score = ppo.actor_critic(llama, part, with_reward=epoch == 0)
+            logp, entropy, value = ppo.actor_critic(llama, part)
             if epoch == 0:
                 kl = None
                 if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model
@@ -908,7 +908,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
                         kls.append(logp.detach() - ppo.policy_logp(llama, part))  # (B, T)
                     kl = settings.kl_coef * kls[-1] if settings.kl_coef else None
                 trajs.append(ppo.trajectory(
-                    part, logp, value, score, settings.gamma, settings.lam, settings.length_penalty,
+                    part, logp, value, ppo.judge(llama, part), settings.gamma, settings.lam, settings.length_penalty,
                     settings.reward_clamp, kl, settings.whiten,
                 ))  # fmt: skip
             policy_loss = ppo.policy_loss(logp, trajs[i], settings.clip_range)

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, save_adapter
 from quant import QuantLinear, find_zero_offset, quantize_blocks, read_quantize_config
@@ -227,6 +228,11 @@ class KVCache:
         self.v[layer, self.row, :, self.length] = v[:, :, 0]
         return self.k[layer], self.v[layer]
 
+    def keep(self, rows):
+        """Drop all rows but those of a (B,) mask."""
+        self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
+        self.row = self.row[: len(self.length)]
+
     def fill(self, layer, k, v):
         """Store the prompts: k, v (B, J, T, D), T <= S."""
         self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
@@ -305,6 +311,7 @@ class Llama(nn.Module):
         )
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
+        self.recompute = False  # whether backward computes each block's activations anew instead of keeping them
         self.hash = ""  # of its files, where the caller knows them: adapters remember their base by it
 
     def forward(self, tokens, adapter=None, cache=None):
@@ -318,8 +325,12 @@ class Llama(nn.Module):
             positions = cache.length[:, None]  # (B, 1)
         cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
+        recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, adapter, cache, i)
+            if recompute:
+                x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, adapter, cache, i)
         return self.model.norm(x)
 
     def logits(self, h):
@@ -387,18 +398,22 @@ def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, ge
     h = llama(tokens.to(device), adapter, cache)[torch.arange(B, device=device), length - 1]  # (B, C)
     cache.length = length
     eos = torch.tensor(llama.config.eos_token_id, device=device)
+    row = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    columns = []
+    answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     for i in range(max_new_tokens):
-        token = pick(llama.logits(h), temperature, top_k, top_p, generator)  # (B,)
-        columns.append(token)
+        u = torch.rand(B, 1, generator=generator, device=device)[row]  # a prompt's luck is its own, whoever has ended
+        token = pick(llama.logits(h), temperature, top_k, top_p, u)  # (rows,)
+        answers[row, i] = token
         done |= torch.isin(token, eos)
         if done.all() or i == max_new_tokens - 1:
             break
-        h = llama(token[:, None], adapter, cache)[:, 0]  # (B, C)
+        if 2 * done.sum() >= len(done):  # half of the rows have ended: go on without them
+            cache.keep(~done)
+            row, token, done = row[~done], token[~done], done[~done]
+        h = llama(token[:, None], adapter, cache)[:, 0]  # (rows, C)
         cache.length = cache.length + 1
-    rows = torch.stack(columns, dim=1).tolist()  # (B, ≤ max_new_tokens)
-    return [until_eos(row, llama.config.eos_token_id) for row in rows]
+    return [until_eos(answer, llama.config.eos_token_id) for answer in answers[:, : i + 1].tolist()]
 
 
 def until_eos(row, eos):
@@ -407,8 +422,8 @@ def until_eos(row, eos):
     return row[: ends[0] + 1] if ends else row
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """One token a row: (B, V) -> (B,)."""
+def pick(logits, temperature, top_k, top_p, u):
+    """One token a row, u (B, 1) being uniform in [0, 1): (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -422,8 +437,7 @@ def pick(logits, temperature, top_k, top_p, generator):
         logits = logits.scatter(-1, index, ordered.masked_fill(beyond, -torch.inf))
     # Inverse of the cumulative distribution: one uniform number a row, far faster than torch.multinomial on a CPU.
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V)
-    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cdf[:, -1:]  # (B, 1), < the last
-    return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,7 +642,13 @@ def kept_bytes(llama, B, T, adapter):
     """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, base and adapters apart.
 
     Counted by running the pass on the meta device: no weights, no work. llama: loaded with weights=False.
+    With llama.recompute: what enters the blocks, and the inside of one.
     """
+    if llama.recompute:
+        llama.recompute, c = False, llama.config
+        inside = kept_bytes(llama, B, T, adapter) // c.num_hidden_layers
+        llama.recompute = True
+        return inside + c.num_hidden_layers * B * T * c.hidden_size * llama.model.embed_tokens.weight.element_size()
     constant = {t.untyped_storage()._cdata for t in (*llama.parameters(), *llama.buffers())}
     kept = {}
 

@@ -163,21 +163,28 @@ def token_entropy(logits, batch):
     return fill(batch.mask, -(logp.exp() * logp).sum(1))
 
 
-def actor_critic(llama, batch, with_reward=True):
-    """Policy, value and reward in ONE pass: their rows stand under one another over the shared base.
+def actor_critic(llama, batch):
+    """Policy and value in ONE pass: their rows stand under one another over the shared base.
 
-    The three adapters differ, the base does not: each of its products (and each dequantisation) is done once for all.
-    Returns logp, entropy, value and, with_reward, the reward model's score, else None; all (B, T).
+    The adapters differ, the base does not: each of its products (and each dequantisation) is done once for both.
+    Returns logp, entropy and value, all (B, T).
     """
     B = len(batch.tokens)
-    names = ("policy", "value", "reward") if with_reward else ("policy", "value")
-    h = llama(batch.tokens.repeat(len(names), 1), adapter=tuple((name, B) for name in names))  # (3B, T, C)
-    h = dict(zip(names, h.split(B), strict=True))  # each (B, T, C)
-    logits = response_logits(llama, h["policy"], batch)  # (n, V)
+    h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
+    policy, value = h.split(B)  # each (B, T, C)
+    logits = response_logits(llama, policy, batch)  # (n, V)
     logp, entropy = token_logp(logits, batch), token_entropy(logits, batch)
-    value = fill(batch.mask, llama.scalar(before(h["value"], batch.mask), "value"))
-    score = llama.scalar(h["reward"], "reward").detach() * batch.mask if with_reward else None
-    return logp, entropy, value, score
+    return logp, entropy, fill(batch.mask, llama.scalar(before(value, batch.mask), "value"))
+
+
+@torch.no_grad()
+def judge(llama, batch):
+    """The reward model's score of every response token: (B, T), 0 elsewhere.
+
+    A pass of its own: its rows need no backward, and among those of `actor_critic` autograd would keep and propagate
+    them too, a third of the memory and of the backward's work for nothing.
+    """
+    return llama.scalar(llama(batch.tokens, "reward"), "reward") * batch.mask
 
 
 # ----------------------------------------------------------------------------------------------------------------------

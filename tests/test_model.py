@@ -167,7 +167,8 @@ def test_tokens_are_drawn_at_their_probabilities(temperature, top_k, top_p, kept
     PPO takes the probabilities at their word, so a biased sampler would be a biased gradient.
     """
     p = torch.tensor([0.05, 0.4, 0.03, 0.3, 0.2, 0.02])
-    drawn = model.pick(p.log().expand(20000, 6), temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    u = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0))
+    drawn = model.pick(p.log().expand(20000, 6), temperature, top_k, top_p, u)
     expected = p ** (1 / temperature)
     expected[p.argsort(descending=True)[kept:]] = 0
     expected *= 20000 / expected.sum()
@@ -178,13 +179,12 @@ def test_tokens_are_drawn_at_their_probabilities(temperature, top_k, top_p, kept
 
 
 @pytest.mark.parametrize("u, token", [(0.0, 1), (1 - 2**-24, 3)])
-def test_the_ends_of_the_distribution(monkeypatch, u, token):
+def test_the_ends_of_the_distribution(u, token):
     """The least and the greatest number that torch.rand can draw pick the first and the last token of those kept, not
     a neighbour of probability 0.
     """
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, u))
     logits = torch.tensor([[-9.0, 1, 0, 1, -9]])
-    assert model.pick(logits, 1.0, 2, 1.0, None).tolist() == [token]
+    assert model.pick(logits, 1.0, 2, 1.0, torch.full((1, 1), u)).tolist() == [token]
 
 
 def test_rows_end_with_eos_or_at_the_cap():

@@ -221,7 +221,7 @@ def test_what_each_column_may_see(actors):
     last = (batch.prompt_len + batch.mask.sum(1) - 1)[:, None]  # (B, 1)
     other = replace(batch, tokens=batch.tokens.scatter(1, last, 1 + batch.tokens.gather(1, last)))
     with torch.no_grad():
-        before, after = ppo.actor_critic(actors, batch), ppo.actor_critic(actors, other)
+        before, after = ((*ppo.actor_critic(actors, b), ppo.judge(actors, b)) for b in (batch, other))
     is_last = torch.zeros_like(batch.mask).scatter(1, last, True)
     for name, a, b in zip(("logp", "entropy", "value", "score"), before, after, strict=True):
         assert torch.equal(a[~is_last], b[~is_last])
@@ -232,7 +232,7 @@ def test_what_each_column_may_see(actors):
 def test_columns_by_hand(actors):
     """Every column of one row against logits, value and score read at the position where they belong."""
     batch = random_batch(5)
-    logp, entropy, value, score = ppo.actor_critic(actors, batch)
+    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
     p = actors.logits(actors(batch.tokens, "policy")).softmax(-1)[0]  # (T, V)
     V, r = (actors.scalar(actors(batch.tokens, name), name)[0] for name in ("value", "reward"))
     for t in range(5, 10):
@@ -246,14 +246,14 @@ def test_columns_by_hand(actors):
 def test_stacked_pass_equals_three(actors):
     """One pass over rows of three adapters gives the values and gradients of three passes; the reward gets none."""
     batch = random_batch(4, 1, 9, 6)
-    logp, _, value, score = ppo.actor_critic(actors, batch)
+    (logp, _, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
     apart = ppo.token_logp(ppo.response_logits(actors, actors(batch.tokens, "policy"), batch), batch)
     h = ppo.before(actors(batch.tokens, "value"), batch.mask)
     apart_value = ppo.fill(batch.mask, actors.scalar(h, "value"))
     judged = actors.scalar(actors(batch.tokens, "reward"), "reward") * batch.mask
     for one, other in ((logp, apart), (value, apart_value), (score, judged)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert not score.requires_grad and ppo.actor_critic(actors, batch, with_reward=False)[3] is None
+    assert not score.requires_grad
     parameters = [*actors.adapter_parameters("policy"), *actors.adapter_parameters("value")]
     ours = torch.autograd.grad((logp * value).sum(), parameters)
     theirs = torch.autograd.grad((apart * apart_value).sum(), parameters)
@@ -267,7 +267,7 @@ def test_first_update_is_the_plain_policy_gradient(actors, whitened):
     ratio near 1 here is the mark of log-probabilities taken from the sampler's cache or another dtype.
     """
     batch = random_batch(4, 1, 9, 6)
-    logp, entropy, value, score = ppo.actor_critic(actors, batch)
+    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
     traj = ppo.trajectory(batch, logp, value, score, GAMMA, LAM, 2.5, whitened=whitened)
     assert (ppo.ratio(logp, traj.logp_old)[batch.mask] == 1).all()
     numbers = ppo.statistics(traj, batch, logp, value, entropy, 0.2, eos=(2,))
