@@ -145,6 +145,23 @@ def test_recomputation_uses_the_right_adapter(run_folder):
         torch.testing.assert_close(gradients(recomputed, name), gradients(plain, name), rtol=0, atol=0)
 
 
+def test_grad_checkpoint_changes_no_gradient(run_folder):
+    """--grad-checkpoint computes each block anew in the backward: the same bits of gradient, with rows of two adapters
+    in one pass, and far less kept until then.
+    """
+    found, kept = [], []
+    for recompute in (False, True):
+        llama = with_adapters(model.load(run_folder / "base"), "policy", "value")
+        llama.recompute, sizes = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            h = llama(TOKENS, adapter=(("policy", 1), ("value", len(TOKENS) - 1)))
+        h.logsumexp(-1).mean().backward()
+        found.append([*gradients(llama, "policy"), *gradients(llama, "value")])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 

@@ -197,6 +197,25 @@ def test_rows_end_with_eos_or_at_the_cap():
     assert len(rows) == 32 and 0 < len(ended) < 32 and min(map(len, rows)) < 9
 
 
+def test_ended_rows_leave_the_batch(monkeypatch):
+    """Rows that have ended cost no further work, and their leaving changes nobody's luck: each row's tokens are those
+    of a plain loop over that row alone, with the same uniform numbers.
+    """
+    llama, prompts, left = ours(eos_token_id=tuple(range(12))), RAGGED * 3, []
+    keep = model.KVCache.keep
+    monkeypatch.setattr(model.KVCache, "keep", lambda cache, rows: left.append(len(rows)) or keep(cache, rows))
+    rows = model.sample(llama, prompts, max_new_tokens=30, generator=torch.Generator().manual_seed(5))
+    assert len(left) > 1 and left[0] == len(prompts) and left[-1] <= len(prompts) // 2
+    generator = torch.Generator().manual_seed(5)
+    luck = torch.stack([torch.rand(len(prompts), 1, generator=generator) for _ in range(30)])  # (step, B, 1)
+    for b, prompt in enumerate(prompts):
+        alone = []
+        while len(alone) < 30 and not (alone and alone[-1] < 12):
+            last = logits(llama, torch.tensor([[*prompt, *alone]]))[:, -1]
+            alone.append(model.pick(last, 1.0, 0, 1.0, luck[len(alone), b : b + 1]).item())
+        assert rows[b] == alone
+
+
 def test_sampling_stops_when_all_rows_have_ended():
     """The model is called once a token of the longest row and no more: the rest of the cap would be wasted work."""
     llama, calls = ours(eos_token_id=tuple(range(32))), []
