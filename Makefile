@@ -1,7 +1,8 @@
 # Every target is what a reader could type. `make` alone lists them.
 #
 #   make demo                                   the whole paper in miniature, on the embedded toy
-#   make ppo DATA=samsum MODEL=models/Llama-2-7B-Chat-GPTQ FLAGS="--log-every 50"
+#   make ppo DATA=samsum FLAGS="--log-every 50"  of the paper's model, fetched from the Hub
+#   make ppo DATA=samsum FLAGS=--resume          goes on with a run that was stopped
 #
 # A stage is built when its folder is not there yet; remove the folder to build it again. FLAGS go to the stages named
 # on the command line, not to those that are built on the way.
@@ -75,6 +76,17 @@ $(OUT)/eval/scores.json: $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/
 	$(RUN) eval $(call HOW,eval)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Longer checks than the test suite's
+
+fuzz:     ## 5,000 damaged inputs: each must end well, or in one line and exit code 2
+fuzz: .venv/dev
+	$(PY) tests/fuzz.py --count 5000
+
+faults:   ## kills, full disks, torn files: the table of faults F1 to F20
+faults: .venv/dev
+	$(PY) tests/faults.py
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Set-up and housekeeping
 
 setup:    ## the virtual environment with everything that training and testing need
@@ -95,4 +107,4 @@ loc:      ## lines of the engine
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables setup loc clean
+.PHONY: help demo test lint base reward mle ppo eval tables fuzz faults setup loc clean

@@ -396,24 +396,57 @@ def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, ge
         tokens[b, : len(prompt)] = torch.tensor(prompt)
     cache = KVCache(llama.config, B, T + max_new_tokens, device, llama.model.embed_tokens.weight.dtype)
     h = llama(tokens.to(device), adapter, cache)[torch.arange(B, device=device), length - 1]  # (B, C)
-    cache.length = length
+    logits, cache.length = llama.logits(h), length
+    step = decoder(llama, adapter, cache)
     eos = torch.tensor(llama.config.eos_token_id, device=device)
     row = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     for i in range(max_new_tokens):
         u = torch.rand(B, 1, generator=generator, device=device)[row]  # a prompt's luck is its own, whoever has ended
-        token = pick(llama.logits(h), temperature, top_k, top_p, u)  # (rows,)
+        token = pick(logits, temperature, top_k, top_p, u)  # (rows,)
         answers[row, i] = token
         done |= torch.isin(token, eos)
         if done.all() or i == max_new_tokens - 1:
             break
-        if 2 * done.sum() >= len(done):  # half of the rows have ended: go on without them
+        if device.type == "cpu" and 2 * done.sum() >= len(done):  # half of the rows have ended: go on without them
             cache.keep(~done)
             row, token, done = row[~done], token[~done], done[~done]
-        h = llama(token[:, None], adapter, cache)[:, 0]  # (rows, C)
-        cache.length = cache.length + 1
+        logits = step(token)  # (rows, V)
     return [until_eos(answer, llama.config.eos_token_id) for answer in answers[:, : i + 1].tolist()]
+
+
+def decoder(llama, adapter, cache):
+    """step(token), one decoding step: appends a token a row, (B,) -> logits of the next, (B, V).
+
+    On a GPU the step is captured once as a CUDA graph and replayed: launching its thousand small kernels one by one
+    takes several times as long as they do. Its shapes never change, so ended rows stay in the batch there; they cost
+    nothing, since reading the weights is what a step's time goes into.
+    """
+
+    def step(token):
+        h = llama(token[:, None], adapter, cache)[:, 0]  # (B, C)
+        cache.length += 1
+        return llama.logits(h)
+
+    if llama.device.type != "cuda":
+        return step
+    token, side = torch.zeros_like(cache.length), torch.cuda.Stream()  # the graph reads and writes these very tensors
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # once without a graph: compiles the kernels, lets cuBLAS take its workspace
+        step(token)
+        cache.length -= 1  # what it wrote will be written over
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(token)
+
+    def replay(next_token):
+        token.copy_(next_token)
+        graph.replay()
+        return logits
+
+    return replay
 
 
 def until_eos(row, eos):
