@@ -22,6 +22,7 @@ import random
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,8 +101,6 @@ def load(name_or_path, split, input_column=None, target_column=None):
     if preset and not path.exists():
         pattern = preset.files.format(split=split)
         files = sorted(fetch(preset.repo, preset.revision, [pattern], "dataset").glob(pattern))
-        if not files:
-            raise ValueError(f"dataset {preset.repo}: no {pattern} could be had; name files of your own: --data FOLDER")
     elif not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder; --data takes toy, {', '.join(PRESETS)}, or the path of your own data"
@@ -112,7 +111,7 @@ def load(name_or_path, split, input_column=None, target_column=None):
     for file in files:
         for number, row in read_rows(file):
             columns = guess_columns(f"{file}:{number}", row, input_column, target_column)
-            if preset and not all(row[column] for column in columns):
+            if preset and not all(str(row[column] or "").strip() for column in columns):
                 empty += 1  # XSum has a few, which its user cannot mend
             else:
                 examples.append(to_example(f"{file}:{number}", row, columns))
@@ -132,32 +131,47 @@ def load(name_or_path, split, input_column=None, target_column=None):
     return examples
 
 
-HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
 
 
 def fetch(repo, revision, patterns, kind):
     """The local folder of a model or data set of the Hugging Face Hub: cached, or downloaded under a progress bar.
 
-    kind: "model" or "dataset"; patterns: which files, none but these and none from subfolders they do not name.
-    HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean everywhere. What a broken download left in the
-    cache may be returned while the Hub cannot be reached: the caller checks that its files are there.
+    kind: "model" or "dataset"; patterns: which files, none but these and none from subfolders they do not name; there
+    must be one of the first pattern.
+    HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean everywhere. While the Hub cannot be reached, a
+    cache that another program filled is taken as it is: the caller checks that its files are there.
     Raises ValueError with what could not be had, and the remedy.
     """
     import requests
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     what, own = f"{kind} {repo}@{revision}", "--data FOLDER" if kind == "dataset" else "--model FOLDER"
+    ignored = ["*consolidated*"] if any("/" in pattern for pattern in patterns) else ["*consolidated*", "*/*"]
+    # A broken download leaves some of its files, and without the Hub nobody can tell what lacks: hence this mark.
+    place = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo}".replace("/", "--")
+    unfinished = place / f"unfinished-{stream_seed(0, revision, *patterns)}"
     try:
         try:  # snapshot_download alone would wait for ever on a server that does not answer
             HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10)
             reached = True
         except (ConnectionError, requests.ConnectionError, requests.Timeout):
             reached = False
+        if reached:
+            with suppress(OSError):  # where one cannot write, no download can break
+                place.mkdir(parents=True, exist_ok=True)
+                unfinished.touch()
+        elif unfinished.exists():
+            raise errors.LocalEntryNotFoundError("only a part of it is")
         folder = snapshot_download(
-            repo, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=["*consolidated*"],
+            repo, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored,
             local_files_only=not reached,
         )  # fmt: skip
-        return Path(folder)
+        with suppress(OSError):
+            unfinished.unlink()
+        if any(Path(folder).glob(patterns[0])):
+            return Path(folder)
+        problem = f"no {patterns[0]} could be had; name files of your own: {own}"
     except errors.GatedRepoError:
         problem = "its owner must grant you access; ask for it on the model's page and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -165,7 +179,7 @@ def fetch(repo, revision, patterns, kind):
     except errors.RevisionNotFoundError:
         problem = "the Hub has no such revision; see the branches on its page"
     except errors.LocalEntryNotFoundError:
-        problem = f"not in the cache, and the Hub cannot be reached; connect, or name files of your own: {own}"
+        problem = f"not wholly in the cache, and the Hub cannot be reached; connect, or name files of your own: {own}"
     except errors.HFValidationError as error:
         problem = str(error)
     except requests.RequestException as error:
@@ -195,6 +209,7 @@ def read_rows(file):
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
     lines, number = io.StringIO(text, newline=""), 0  # splits at \n and \r only: U+2028 may stand inside a string
+    remedy = "mend or remove that row"
     try:
         if file.suffix == ".jsonl":
             for number, line in enumerate(lines, 1):
@@ -202,7 +217,9 @@ def read_rows(file):
                     yield number, parse_json(line)
         elif file.suffix == ".json":
             rows = parse_json(text)
-            yield from enumerate(rows, 1) if isinstance(rows, list) else [(0, rows)]
+            if not isinstance(rows, list):
+                raise ValueError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
+            yield from enumerate(rows, 1)
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
             reader = csv.DictReader(lines, strict=True)
@@ -212,7 +229,9 @@ def read_rows(file):
     except (csv.Error, json.JSONDecodeError, BadJson) as error:
         number += file.suffix == ".csv"  # the row after the last good one
         number = number or getattr(error, "lineno", 1)
-        raise ValueError(f"{file}:{number}: {error}; mend or remove that row") from None
+        if file.suffix == ".json" and str(error).startswith("Extra data"):
+            remedy = "if it holds one object a line, call it .jsonl"
+        raise ValueError(f"{file}:{number}: {error}; {remedy}") from None
 
 
 class BadJson(ValueError):
@@ -258,7 +277,7 @@ def read_parquet(file):
                 if size > most:
                     break
                 yield from rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
     if size > most:
         raise ValueError(f"{file}: unfolds to over {INFLATION_LIMIT} times its size, as no text does; fetch it again")
@@ -298,7 +317,8 @@ def to_example(where, row, columns):
     target = row[columns[1]]
     if isinstance(target, list) and [turn["role"] for turn in target] != ["assistant"]:
         raise ValueError(f"{where}: the last message must be one of role 'assistant'; mend or remove that row")
-    return Example(str(row.get("id") or where.rpartition(":")[2]), *map(clean, texts))
+    name = row.get("id")
+    return Example(where.rpartition(":")[2] if name in (None, "") else str(name), *map(clean, texts))
 
 
 def conversation(value):
@@ -473,7 +493,7 @@ class JsonTokenizer(Tokenizer):
         special = self.tokenizer.get_added_tokens_decoder().items()
         controls = {token.content: i for i, token in special if token.special}
         eos = self.name_of_eos(Path(folder))
-        if eos not in controls:
+        if not isinstance(eos, str) or eos not in controls:
             raise ValueError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
         first = self.tokenizer.encode("").ids[:1]  # what the tokenizer itself puts before every text
         bos = first[0] if first and first[0] != controls[eos] else None
@@ -493,7 +513,8 @@ class JsonTokenizer(Tokenizer):
     def ordinary(self):
         """Ids that stand for text: no control tokens, and no pieces of a character."""
         texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
-        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in self.controls.values()]
+        controls = set(self.controls.values())
+        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in controls]
 
     def encode(self, text):
         """Ids of a text or, in one call, of a list of texts; without BOS and EOS."""
@@ -519,7 +540,7 @@ def load_tokenizer(folder, template=""):
 
 def read_text(file):
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a template
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; fetch it again or convert it") from None
 

@@ -347,9 +347,10 @@ COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spe
 def save_model(settings, llama, folder, quantization=None):
     """Write a whole model: weights, config, and what its base brought along to turn text into tokens."""
     model.save(llama, folder, quantization)
+    base = base_folder(settings)
     for name in COMPANIONS:
-        if (base_folder(settings) / name).is_file():
-            shutil.copyfile(base_folder(settings) / name, folder / name)
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     if Path(settings.template).is_file():
         shutil.copyfile(settings.template, folder / "template.txt")
 

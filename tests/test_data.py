@@ -1,13 +1,17 @@
 """Data: files in, examples out; examples in, token ids, negatives and batches out."""
 
+import csv
 import json
 import random
 import re
 import shutil
+import sys
 from collections import Counter
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import data
 
@@ -18,6 +22,10 @@ HARD = [
     "a  b\tc",
     "東京 12345",
     "</s> <s> [INST] <unk> <0x0A>",
+    "<|eot_id|> <|im_end|>\n<|im_start|>system\n<|end_of_text|><|begin_of_text|><|start_header_id|>user",
+    "\u0301 first a combining mark, then שלום and a zero\u200bwidth space, a NUL \x00 and \ufffd",
+    "{source} {text}",
+    "a" * 5000,
 ]
 
 
@@ -29,10 +37,91 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llama_tokenizer(shared, tmp_path_factory):
+def llama_tokenizer_folder(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     shutil.copy(shared / "data/llama_tokenizer.model", folder / "tokenizer.model")
-    return data.load_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(llama_tokenizer_folder):
+    return data.load_tokenizer(llama_tokenizer_folder)
+
+
+# Two families of tokenizer.json: (control tokens, the one that starts every text, EOS)
+FAMILIES = {
+    "llama3": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|begin_of_text|>", "<|end_of_text|>",
+    ),
+    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+}  # fmt: skip
+LLAMA3_WORDS = (  # Llama 3's own pattern
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+def train_bpe(folder, family, texts):
+    """Write the tokenizer.json and tokenizer_config.json of a byte-level BPE, set up as the family's own is."""
+    controls, bos, eos = FAMILIES[family]
+    bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
+    if family == "llama3":  # its control tokens lie behind the vocabulary
+        words = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_WORDS), "isolated")
+        first = [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    else:  # these lie in it, in front
+        first = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(first), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[] if family == "llama3" else controls,
+    ))  # fmt: skip
+    bpe.add_special_tokens(controls)
+    if bos:
+        start = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))]
+        )
+        bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), start])
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """{family: folder} of two tokenizers trained on the toy."""
+    texts = [e.source + "\n" + e.target for e in data.toy("test")]
+    return {family: train_bpe(tmp_path_factory.mktemp("bpe") / family, family, texts) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def llama3(bpe):
+    return data.load_tokenizer(bpe["llama3"])
+
+
+@pytest.fixture(scope="module")
+def smollm2(bpe):
+    return data.load_tokenizer(bpe["smollm2"])
+
+
+@pytest.fixture(scope="module")
+def folders(bpe, tokenizer, tmp_path_factory):
+    """{name: folder} of the two and of the toy's SentencePiece, without a template of its own."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    return bpe | {"sentencepiece": folder}
+
+
+@pytest.fixture
+def brought(tmp_path, folders):
+    """A function that loads a tokenizer anew, with the template that is given as the text of a user's file."""
+
+    def load(which, text):
+        (tmp_path / "mine.txt").write_text(text, encoding="utf-8")
+        return data.load_tokenizer(folders[which], str(tmp_path / "mine.txt"))
+
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +240,198 @@ def test_load_keeps_the_text(tmp_path):
     assert [(e.source, e.target) for e in data.load(tmp_path, "test")] == [("a\u2028b\u0085c", "NA"), ("d", "e")]
 
 
+@pytest.fixture
+def parquet():
+    """pyarrow's writer: a function of a file and a list of dicts; skips, aloud, where there is no pyarrow."""
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow.parquet import write_table
+
+    def write(file, rows, schema=None, **options):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_table(pyarrow.Table.from_pylist(rows, schema), file, **options)
+
+    write.pyarrow = pyarrow
+    return write
+
+
+@pytest.fixture
+def write(parquet):
+    """A function that writes a list of dicts to a file in the format of its suffix, as other tools write it."""
+
+    def write(file, rows):
+        if file.suffix == ".parquet":
+            parquet(file, rows, row_group_size=2)
+        elif file.suffix == ".csv":
+            with open(file, "w", encoding="utf-8-sig", newline="") as opened:  # as Excel: BOM and CRLF
+                writer = csv.DictWriter(opened, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        elif file.suffix == ".jsonl":
+            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+            file.write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+        else:
+            file.write_text("\ufeff" + json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize("suffix", data.SUFFIXES)
+def test_load_reads_every_format_alike(tmp_path, write, suffix):
+    """The same rows in four formats are the same examples: words that pandas drops, quotes, line ends, U+2028, id 0."""
+    pairs = [
+        ("NA", "None"), ("null", "nan"), ("N/A", "NaN"), ("true", "0"), ('A: "hi", you\r\nB: yo', "a\u2028b\u0085c"),
+        ("<NA>", "''"), (" \tx ", "\n y\n"),
+    ]  # fmt: skip
+    write(tmp_path / f"test{suffix}", [{"id": i, "dialogue": a, "summary": b} for i, (a, b) in enumerate(pairs)])
+    expected = [data.Example(str(i), *(data.clean(text) for text in pair)) for i, pair in enumerate(pairs)]
+    assert data.load(tmp_path, "test") == expected and expected[4].source == 'A: "hi", you\nB: yo'
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+TRL = {  # a row as TRL documents it: the input and the target that it means
+    "strings": ({"prompt": "in", "completion": " out"}, "in", "out"),
+    "lists": ({"prompt": [says("user", "in")], "completion": [says("assistant", " out")]}, "in", "out"),
+    "messages": (
+        {"messages": [says("system", "Be brief."), says("user", "in"), says("assistant", "out")]},
+        "Be brief.\n\nin", "out",
+    ),
+    "turns": (
+        {"messages": [says("user", "a"), says("assistant", "b"), says("user", "c\nd"), says("assistant", "out")]},
+        "user: a\nassistant: b\nuser: c\nd", "out",
+    ),
+    "system and turns": (
+        {"prompt": [says("system", "S"), says("user", "a"), says("assistant", "b"), says("user", "c")],
+         "completion": [says("assistant", "out")]},
+        "S\n\nuser: a\nassistant: b\nuser: c", "out",
+    ),
+    "messages beside a prompt": (  # as in HuggingFaceH4/no_robots
+        {"prompt": "c", "prompt_id": "7", "messages": [says("user", "in"), says("assistant", "out")], "category": "QA"},
+        "in", "out",
+    ),
+    "list and string": ({"prompt": [says("user", "in")], "completion": "out"}, "in", "out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(("row", "source", "target"), TRL.values(), ids=TRL)
+def test_load_reads_conversations(tmp_path, write, suffix, row, source, target):
+    """Data prepared for TRL needs no conversion; every word of a conversation reaches the prompt, in its order."""
+    write(tmp_path / f"test{suffix}", [row, row])
+    found = data.load(tmp_path, "test")
+    assert [(e.source, e.target) for e in found] == [(source, target)] * 2
+
+
+BAD_CONVERSATIONS = {
+    "last is the user": ({"messages": [says("user", "a"), says("assistant", "b"), says("user", "c")]}, "'assistant'"),
+    "last is the system": ({"messages": [says("user", "a"), says("system", "b")]}, "'assistant'"),
+    "two answers": (
+        {"prompt": [says("user", "a")], "completion": [says("assistant", "b"), says("assistant", "c")]}, "'assistant'"
+    ),
+    "no answer": ({"messages": [says("user", "a")]}, "is empty or not text"),
+    "no messages": ({"messages": []}, "is empty or not text"),
+    "null content": ({"messages": [says("user", "a"), says("assistant", None)]}, "is empty or not text"),
+    "content in parts": (
+        {"messages": [says("user", [{"type": "text", "text": "a"}]), says("assistant", "b")]}, "is empty or not text"
+    ),
+    "no role": ({"messages": [{"content": "a"}, says("assistant", "b")]}, "is empty or not text"),
+    "no dict": ({"messages": ["a", "b"]}, "is empty or not text"),
+    "blank answer": ({"messages": [says("user", "a"), says("assistant", " \n")]}, "is empty or not text"),
+    "a number": ({"prompt": 5, "completion": "b"}, "'prompt' is empty or not text"),
+    "half a pair": ({"messages": [says("user", "a\ud83d"), says("assistant", "b")]}, "half a UTF-16 pair"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS)
+def test_load_refuses_conversations(tmp_path, row, said):
+    """Learning the user's words, or a part of an answer, would be silent and wrong: the row is named instead."""
+    good = {"messages": [says("user", "a"), says("assistant", "b")]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"train\.jsonl:2: .*{said}.* remove that row"):
+        data.load(tmp_path, "train")
+
+
+@pytest.mark.parametrize("column", ["dialogue", "summary"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_load_refuses_half_a_pair_of_surrogates(tmp_path, suffix, column):
+    """JSON can spell it, no tokenizer takes it: found with its row here, not by a traceback an hour later."""
+    rows = [{"dialogue": "a \U0001f642", "summary": "b"}, {"dialogue": "c", "summary": "d"} | {column: "e\ud83d"}]
+    lines = [json.dumps(row) for row in rows]
+    text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
+    (tmp_path / f"train{suffix}").write_text(text)
+    with pytest.raises(ValueError, match=rf"train\{suffix}:2: column '{column}' holds half a UTF-16 pair"):
+        data.load(tmp_path, "train")
+
+
+def test_load_reads_parquet(tmp_path, parquet):
+    """Dictionary columns and several row groups, as other tools write them; every row once and in order."""
+    pa = parquet.pyarrow
+    rows = [{"id": f"n{i}", "document": f"in {i % 3}", "summary": f"out {i}", "other": [i]} for i in range(11)]
+    words = pa.dictionary(pa.int32(), pa.string())
+    schema = pa.schema(
+        [("id", pa.string()), ("document", words), ("summary", pa.large_string()), ("other", pa.list_(pa.int64()))]
+    )
+    parquet(tmp_path / "test.parquet", rows, schema, row_group_size=4, compression="zstd")
+    with pa.parquet.ParquetFile(tmp_path / "test.parquet") as opened:
+        assert opened.num_row_groups == 3
+    expected = [data.Example(f"n{i}", f"in {i % 3}", f"out {i}") for i in range(11)]
+    assert data.load(tmp_path, "test") == expected
+    dealt = [data.load(tmp_path / "test.parquet", split) for split in ("train", "validation", "test")]
+    assert [len(part) for part in dealt] == [9, 1, 1] and sorted(sum(dealt, []), key=expected.index) == expected
+
+
+def test_load_refuses_parquet(tmp_path, parquet):
+    """A parquet file cut short, one that is none, one whose text is Latin-1, and null rows: named, with the remedy."""
+    pa, file = parquet.pyarrow, tmp_path / "train.parquet"
+    rows = [{"document": "in " * 500, "summary": f"out {i}"} for i in range(50)]
+    parquet(file, rows)
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole[: len(whole) // 2], b"", b"document,summary\na,b\n", b"PAR1" + whole[4:200]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train\.parquet: not a readable parquet file .* fetch it again") as error:
+            data.load(tmp_path, "train")
+        assert "\n" not in str(error.value)
+    table = pa.table({"document": pa.array([b"caf\xe9"]).view(pa.string()), "summary": ["b"]})
+    pa.parquet.write_table(table, file)
+    with pytest.raises(ValueError, match=r"train\.parquet: not a readable parquet file .*utf-8"):
+        data.load(tmp_path, "train")
+    parquet(file, [{"document": "a", "summary": "b"}, {"document": "c", "summary": None}])
+    with pytest.raises(ValueError, match=r"train\.parquet:2: column 'summary' is empty .* remove that row"):
+        data.load(tmp_path, "train")
+
+
+def test_parquet_needs_pyarrow(tmp_path, monkeypatch):
+    """pyarrow is large and few need it: where it lacks, one line says how to get it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"train\.parquet: parquet needs pyarrow; .*: pip install 'pyarrow==[\d.]+'$"):
+        data.load(tmp_path, "train")
+
+
+BAD_JSON = {  # name: (content of train.json, what the message must say)
+    "object": ('{"train": [{"input": "a", "output": "b"}]}', r": expected a list .* call it \.jsonl"),
+    "string": ('"a"', r": expected a list"),
+    "lines": ('{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n', r":2: .*one object a line.*\.jsonl"),
+    "torn": ('[{"input": "a", "output": "b"},\n {"input": "c",', r":2: .* mend"),
+    "list of lists": ('[{"input": "a", "output": "b"}, ["a", "b"]]', r":2: expected an object"),
+    "empty": ("", r":1: "),
+    "no rows": ("[]", r": no rows"),
+    "deep": ("[" * 200_000, r".*nested|.*recursion"),
+    "a number of 5000 digits": ('[{"input": ' + "9" * 5000 + "}]", r".*digits"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BAD_JSON.values(), ids=BAD_JSON)
+def test_load_refuses_json(tmp_path, content, said):
+    """A .json that is no list of objects is named with its remedy; the commonest is JSON lines under that name."""
+    (tmp_path / "train.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"train\.json{said}") as error:
+        data.load(tmp_path, "train")
+    assert "\n" not in str(error.value)
+
+
 GOOD = '{"dialogue": "a", "summary": "b"}\n'
 BAD_FILES = {  # name: (content, what the message must say: where, and what to do)
     "empty": ("", r"train\.csv: no rows; expected a header line"),
@@ -165,6 +446,8 @@ BAD_FILES = {  # name: (content, what the message must say: where, and what to d
     "unclosed quote": ('dialogue,summary\na,b\nc,"d\ne,f\n', r"train\.csv:3: .* mend"),
     "bad json": (GOOD + "{'dialogue': 1}\n" + GOOD, r"train\.jsonl:2: .* mend"),
     "array": (GOOD + '["a", "b"]\n', r"train\.jsonl:2: expected an object"),
+    "nesting bomb": (GOOD + '{"dialogue": ' + "[" * 200_000 + "\n", r"train\.jsonl:2: .* mend"),
+    "a number of 5000 digits": (GOOD + '{"dialogue": ' + "9" * 5000 + "}\n", r"train\.jsonl:2: .* mend"),
 }
 
 
@@ -214,13 +497,164 @@ def test_load_refuses_half_a_pair_of_columns(tmp_path, column):
 # Tokens
 
 
-@pytest.mark.parametrize("which", ["tokenizer", "llama_tokenizer"])
+@pytest.mark.parametrize("which", ["tokenizer", "llama_tokenizer", "llama3", "smollm2"])
 def test_tokenizer_round_trip(which, request):
     """Any text comes back from its ids, and no text can spell a control token: an EOS inside would end a row early."""
     tokenizer = request.getfixturevalue(which)
     for text, ids in zip(HARD, tokenizer.encode(HARD), strict=True):
-        assert tokenizer.encode(text) == ids and not {0, tokenizer.bos, tokenizer.eos} & set(ids)
+        assert tokenizer.encode(text) == ids and not set(tokenizer.controls.values()) & set(ids)
         assert tokenizer.decode(ids) == tokenizer.decode([*ids, tokenizer.eos, *ids]) == text
+    assert tokenizer.encode([]) == [] and tokenizer.decode([tokenizer.eos]) == ""
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "llama_tokenizer", "llama3", "smollm2"])
+def test_ordinary_ids_are_text(which, request):
+    """Random negatives draw from them: a control token, a piece of a character or nothing at all would be a tell."""
+    tokenizer = request.getfixturevalue(which)
+    texts = [tokenizer.decode([i]) for i in tokenizer.ordinary]
+    assert len(texts) > tokenizer.vocab_size / 2
+    assert not set(tokenizer.controls.values()) & set(tokenizer.ordinary)
+    if which in FAMILIES:  # SentencePiece drops a first space, and Llama's has a piece that is this very character
+        assert all(texts) and "\ufffd" not in "".join(texts)
+
+
+TEMPLATE_OF = [  # tokenizer, --template, the template meant, the token that ends an answer
+    ("llama3", "", "llama3", "<|eot_id|>"),
+    ("llama3", "llama3", "llama3", "<|eot_id|>"),
+    ("llama3", "plain", "plain", "<|end_of_text|>"),
+    ("llama3", "llama2", "llama2", "<|end_of_text|>"),
+    ("smollm2", "", "chatml", "<|im_end|>"),
+    ("smollm2", "chatml", "chatml", "<|im_end|>"),
+    ("smollm2", "plain", "plain", "<|im_end|>"),
+    ("sentencepiece", "", "llama2", "</s>"),
+    ("sentencepiece", "llama2", "llama2", "</s>"),
+    ("sentencepiece", "plain", "plain", "</s>"),
+]
+
+
+@pytest.mark.parametrize(("which", "flag", "name", "eos"), TEMPLATE_OF)
+def test_template_of_a_tokenizer(folders, which, flag, name, eos):
+    """Unasked, a model gets the template it was trained with; answers end as the template, else the tokenizer, says."""
+    tokenizer = data.load_tokenizer(folders[which], flag)
+    assert tokenizer.template == data.TEMPLATES[name][0] and tokenizer.eos == tokenizer.controls[eos]
+    assert tokenizer.own_eos == (name in ("llama2", "plain"))
+    (datum,), _ = data.encode([data.Example("", "a", "b")], tokenizer, 1000)
+    assert datum.response == [*tokenizer.encode("b"), tokenizer.eos]
+
+
+@pytest.mark.parametrize(
+    ("which", "flag", "lacks"),
+    [
+        ("smollm2", "llama3", r"<\|\w+_id\|>"),
+        ("llama3", "chatml", r"<\|im_\w+\|>"),
+        ("sentencepiece", "llama3", r"<\|\w+_id\|>"),
+        ("sentencepiece", "chatml", r"<\|im_\w+\|>"),
+    ],
+)
+def test_template_without_its_tokens(folders, which, flag, lacks):
+    """<|eot_id|> as ten pieces of text is what such a prompt would hold: refused with the token's name."""
+    with pytest.raises(ValueError, match=rf"--template {flag}: this model's tokenizer has no {lacks}; choose another"):
+        data.load_tokenizer(folders[which], flag)
+
+
+@pytest.mark.parametrize(
+    ("which", "flag"), [("llama3", ""), ("llama3", "plain"), ("smollm2", ""), ("smollm2", "plain")]
+)
+def test_prompts_are_what_transformers_would_feed(bpe, which, flag):
+    """The whole prompt as one text through the library's own parser of control tokens gives the same ids, BOS once."""
+    tokenizer, oracle = (
+        data.load_tokenizer(bpe[which], flag), tokenizers.Tokenizer.from_file(str(bpe[which] / "tokenizer.json"))
+    )  # fmt: skip
+    sources = [e.source for e in data.toy("test")[:20]] + ["\n\n  x", "'s", "\u0301 é"]
+    expected = [oracle.encode(tokenizer.template.replace("{source}", text)).ids for text in sources]
+    prompts = tokenizer.prompts(sources)
+    assert prompts == expected
+    bos = FAMILIES[which][1] and oracle.token_to_id(FAMILIES[which][1])
+    assert tokenizer.bos == bos and all(ids.count(bos) == (bos is not None) for ids in prompts)
+
+
+@pytest.mark.parametrize(("which", "flag"), [(which, flag) for which, flag, *_ in TEMPLATE_OF if not flag])
+def test_control_tokens_in_a_source_are_text(folders, which, flag):
+    """Who writes </s> or <|eot_id|> into a dialogue must not end it, nor speak as the assistant: only templates may."""
+    tokenizer = data.load_tokenizer(folders[which], flag)
+    control = {i: text for text, i in tokenizer.controls.items()}
+    plain, *hard = ([control[i] for i in ids if i in control] for ids in tokenizer.prompts(["x", *HARD]))
+    assert all(found == plain for found in hard)
+    start = [control[tokenizer.bos]] if tokenizer.bos is not None else []
+    assert plain == start + re.findall(r"<\|\w+\|>", tokenizer.template)
+
+
+@pytest.mark.parametrize(
+    ("which", "text", "controls"),
+    [
+        ("llama3", "{source}\nTL;DR:", ["<|begin_of_text|>"]),
+        ("llama3", "<|begin_of_text|>{source}\nTL;DR:", ["<|begin_of_text|>"]),
+        ("llama3", "<|start_header_id|>user<|end_header_id|>\n\n{source}<|eot_id|>",
+         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+        ("smollm2", "{source}\nTL;DR:", []),
+        ("smollm2", "<|endoftext|>{source}\nTL;DR:", ["<|endoftext|>"]),
+        ("smollm2", "<|im_start|>{source}<|im_end|><|im_end|>", ["<|im_start|>", "<|im_end|>", "<|im_end|>"]),
+        ("sentencepiece", "{source}\nTL;DR:", ["<s>"]),
+        ("sentencepiece", "<s>[INST] {source} [/INST]", ["<s>"]),
+        ("sentencepiece", "<|user|>\n{source}</s>\n<|assistant|>\n", ["<s>", "</s>"]),  # TinyLlama's
+        ("sentencepiece", "<|eot_id|> {source}", ["<s>"]),  # not this tokenizer's: text
+    ],
+)  # fmt: skip
+def test_template_file(brought, which, text, controls):
+    """In a user's own template control tokens count, BOS comes once, written there or not; the source stays text."""
+    tokenizer = brought(which, text)
+    control = {i: name for name, i in tokenizer.controls.items()}
+    eos = FAMILIES[which][2] if which in FAMILIES else "</s>"
+    assert tokenizer.own_eos and control[tokenizer.eos] == eos
+    for source in ("hello", "".join(tokenizer.controls)):
+        (prompt,) = tokenizer.prompts([source])
+        assert [control[i] for i in prompt if i in control] == controls
+        assert prompt[: len(tokenizer.start)] == tokenizer.start
+        pieces = re.split("|".join(map(re.escape, tokenizer.controls)), text)
+        spelled = [i for part in pieces if part for i in tokenizer.encode(part.replace("{source}", source))]
+        assert [i for i in prompt if i not in control] == spelled
+
+
+def test_template_file_of_an_editor(brought):
+    """A byte order mark and CRLF, as Windows' editors write them, are no part of the prompt."""
+    tokenizer = brought("llama3", "\ufeff<|begin_of_text|>A:\r\n{source}\r\nB:")
+    assert tokenizer.prompts(["x"]) == [[tokenizer.bos, *tokenizer.encode("A:\nx\nB:")]]
+
+
+def test_two_readers_of_one_tokenizer(tokenizer, tmp_path):
+    """Llama 2's tokenizer comes in both formats, and some models bring one only: both give the same ids and prompts."""
+    from transformers import LlamaTokenizerFast
+
+    for name in ("spm", "json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "template.txt").write_text("<s>[INST] {source} [/INST] Well:</s>\n")
+    (tmp_path / "spm/tokenizer.model").write_bytes(tokenizer.sp.serialized_model_proto())
+    LlamaTokenizerFast(vocab_file=str(tmp_path / "spm/tokenizer.model")).save_pretrained(tmp_path / "json")
+    (tmp_path / "json/tokenizer.model").unlink(missing_ok=True)
+    raw = json.loads((tmp_path / "json/tokenizer.json").read_text())
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}  # as in Meta's own tokenizer.json
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]}
+    raw["decoder"] = {"type": "Sequence", "decoders": [
+        space | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]}  # fmt: skip
+    (tmp_path / "json/tokenizer.json").write_text(json.dumps(raw))
+    a, b = (data.load_tokenizer(tmp_path / name) for name in ("spm", "json"))
+    assert (type(a), type(b)) == (data.SentencePieceTokenizer, data.JsonTokenizer)
+    assert (a.bos, a.eos, a.vocab_size, a.start) == (b.bos, b.eos, b.vocab_size, b.start)
+    texts = HARD + [e.source for e in data.toy("test")[:50]]
+    ids = a.encode(texts)
+    assert ids == b.encode(texts) and a.prompts(texts) == b.prompts(texts)
+    assert [a.decode(row) for row in ids] == [b.decode(row) for row in ids] == texts
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", {"__type": "AddedToken", "content": "<|im_end|>", "special": True}])
+def test_eos_is_spelled_in_two_ways(bpe, tmp_path, eos):
+    """tokenizer_config.json holds the token's text, or, from older transformers, a dict around it."""
+    shutil.copytree(bpe["smollm2"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "chat_template": "{{ 1/0 }}"}))
+    tokenizer = data.load_tokenizer(tmp_path, "plain")
+    assert tokenizer.eos == tokenizer.controls["<|im_end|>"] and tokenizer.bos is None
 
 
 def test_tokenizer_refuses(tmp_path):
@@ -230,6 +664,34 @@ def test_tokenizer_refuses(tmp_path):
     (tmp_path / "tokenizer.model").write_text("no model")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         data.load_tokenizer(tmp_path)
+
+
+BAD_TOKENIZERS = {  # name: (file, its content or None, what the message must say)
+    "an error page": ("tokenizer.json", "<html>404", r"tokenizer\.json: not a tokenizer .*; fetch it again"),
+    "other JSON": ("tokenizer.json", '{"a": 1}', r"tokenizer\.json: not a tokenizer .*; fetch it again"),
+    "empty": ("tokenizer.json", "", r"tokenizer\.json: not a tokenizer .*; fetch it again"),
+    "not UTF-8": ("tokenizer.json", b"\xff\xfe{", r"tokenizer\.json: not UTF-8 at byte 0"),
+    "no config": ("tokenizer_config.json", None, r"tokenizer_config\.json: needed to know the EOS token"),
+    "torn config": ("tokenizer_config.json", '{"eos', r"tokenizer_config\.json: needed .* unreadable .*; fetch it"),
+    "config is a list": ("tokenizer_config.json", "[]", r"tokenizer_config\.json: needed .* unreadable"),
+    "config not UTF-8": ("tokenizer_config.json", b'{"a": "\xe9"}', r"tokenizer_config\.json: not UTF-8 at byte 7"),
+    "no EOS": ("tokenizer_config.json", "{}", r"tokenizer_config\.json: eos_token None is no control token"),
+    "null EOS": ("tokenizer_config.json", '{"eos_token": null}', r"eos_token None is no control token"),
+    "EOS is text": ("tokenizer_config.json", '{"eos_token": "the"}', r"eos_token 'the' is no control token of tok"),
+    "EOS is a list": ("tokenizer_config.json", '{"eos_token": ["a"]}', r"eos_token \['a'\] is no control token"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
+def test_json_tokenizer_refuses(bpe, tmp_path, name, content, said):
+    """Without the right EOS a model never stops, so a broken tokenizer.json or its config is named, in one line."""
+    shutil.copytree(bpe["llama3"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said) as error:
+        data.load_tokenizer(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_encode_borders(tokenizer):
@@ -259,12 +721,69 @@ def test_samsum_loses_what_the_paper_lost(shared, llama_tokenizer):
     assert 0.129 < max(shares) <= 0.134
 
 
-def test_parts_tokenise_as_the_whole(shared, llama_tokenizer):
-    """Prompt and target are tokenised apart; the ids must be those of the joint text, which a chat model has seen."""
-    for example in data.load(shared / "data/samsum", "test")[:300]:
-        prompt = data.TEMPLATES["llama2"][0].replace("{source}", example.source)
-        apart = llama_tokenizer.encode(prompt) + llama_tokenizer.encode(example.target)
-        assert llama_tokenizer.encode(f"{prompt} {example.target}") == apart
+@pytest.fixture(scope="module")
+def real_texts(shared):
+    """1,000 examples each of SAMSum and XSum; of long sources the last 500 characters, which is where targets join."""
+    rows = [json.loads(line) for line in (shared / "data/xsum_test_1000.jsonl").read_text().split("\n") if line]
+    found = data.load(shared / "data/samsum", "train")[:1000]
+    found += [data.Example(row["id"], data.clean(row["document"]), data.clean(row["summary"])) for row in rows]
+    assert len(found) == 2000
+    return [data.replace(e, source=e.source[-500:]) for e in found]
+
+
+@pytest.fixture(scope="module")
+def real_tokenizers(real_texts, llama_tokenizer_folder, tmp_path_factory):
+    """{name: folder}: Llama's tokenizer, and the two byte-level BPEs trained on what they are to tokenise."""
+    texts = [e.source + "\n" + e.target for e in real_texts]
+    found = {family: train_bpe(tmp_path_factory.mktemp("real") / family, family, texts) for family in FAMILIES}
+    return found | {"sentencepiece": llama_tokenizer_folder}
+
+
+# First words that a tokenizer might glue to what stands before them.
+OPENINGS = [
+    "\u0301a",
+    "\u200bx",
+    "123",
+    "'s",
+    '"Hi"',
+    "- x",
+    "...",
+    "\ufeffx",
+    "🙂",
+    "\x00a",
+    "(x)",
+    "éa",
+    "שלום",
+    "<|x",
+]
+
+
+@pytest.mark.parametrize(
+    ("which", "template"),
+    [
+        ("sentencepiece", "llama2"), ("sentencepiece", "plain"), ("llama3", "llama3"), ("llama3", "plain"),
+        ("smollm2", "chatml"), ("smollm2", "plain"),
+    ],
+)  # fmt: skip
+def test_parts_tokenise_as_the_whole(real_texts, real_tokenizers, which, template):
+    """Prompt and target are tokenised apart; the ids must be those of the joint text, which a chat model has seen.
+
+    Joint is with one space between for SentencePiece, which puts a space before every text, and with none for BPE, of
+    which these templates end in a line end. Without exception, because targets are stripped. Not so for llama2 on BPE,
+    which nothing picks for a model that has chat tokens: "/INST]" and a target that begins with a quote share a piece.
+    """
+    tokenizer = data.load_tokenizer(real_tokenizers[which], template)
+    examples = real_texts + [data.Example("", "Amy: hi", text) for text in OPENINGS]
+    prompts, targets = (tokenizer.prompts([e.source for e in examples]), tokenizer.encode([e.target for e in examples]))
+    between = " " if which == "sentencepiece" else ""
+    texts = [tokenizer.template.replace("{source}", e.source) + between + e.target for e in examples]
+    if which == "sentencepiece":
+        joint = [[tokenizer.bos, *ids] for ids in tokenizer.encode(texts)]
+    else:
+        oracle = tokenizers.Tokenizer.from_file(str(real_tokenizers[which] / "tokenizer.json"))
+        joint = [row.ids for row in oracle.encode_batch(texts)]
+    apart = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+    assert [text for text, a, b in zip(texts, joint, apart, strict=True) if a != b] == []
 
 
 def test_load_template(tmp_path):
