@@ -46,6 +46,8 @@ def lazy(name):
     """Import a module when it is first used: `--help` and a mistyped flag are answered without waiting for torch."""
     if name not in sys.modules:
         spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}; install what lastmile needs: make setup", name=name)
         spec.loader = importlib.util.LazyLoader(spec.loader)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
@@ -216,7 +218,8 @@ def say(text):
 def stage_folder(settings, stage):
     """The folder a stage writes to, locked. It bears its final name only once the stage has finished."""
     shown = " ".join(f"{name}={json.dumps(value)}" for name, value in asdict(settings).items())
-    say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False))
+    say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False,
+                      break_on_hyphens=False))  # fmt: skip
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -316,7 +319,7 @@ def base_folder(settings):
     hub = data.HUB_ID.fullmatch(settings.model)
     if path.exists() or not hub:
         return path
-    return data.fetch(hub[1], hub[2] or "main", ["*.safetensors", "*.json", "tokenizer.model"], "model")
+    return data.fetch(hub[1], hub[2] or "main", ["*.safetensors", "*.json", "tokenizer.model", "template.txt"], "model")
 
 
 def open_base(settings, dtype=None):
@@ -412,7 +415,7 @@ def plan(settings, llama, rows, adapters=(), trained=()):
         tokens = sum(len(datum.prompt) + len(datum.response) for datum in rows)
         say(f"  data     {len(rows):,} rows, {tokens / 1e6:,.2f} M tokens, the longest {T}")
     if learning:
-        say(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning) / 1e6:,.1f} M parameters")
+        say(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning):,} parameters")
         _, steps, *_ = next(schedule(rows, settings))
         say(f"  steps    {steps:,} of {settings.batch_size} rows")
         memory["gradients and AdamW"] = 3 * 4 * sum(p.numel() for p in learning)
@@ -674,8 +677,8 @@ class Run:
         except OSError as error:
             if must:
                 raise
-            say(f"\nlastmile.py: {place}: not saved ({error.strerror}); the run and its older checkpoints go on",
-                  file=sys.stderr)  # fmt: skip
+            problem = f"\nlastmile.py: {place}: not saved ({error.strerror}); the run and its older checkpoints go on"
+            print(problem, file=sys.stderr)
         for old in checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -709,8 +712,9 @@ def pretrain(settings):
             examples = data.load("toy", "pretrain")
         else:
             examples = data.chatter(data.load(settings.data, "train", settings.input_column, settings.target_column))
-        (folder / "template.txt").write_text(data.SHORT_TEMPLATE)
-        texts = [data.SHORT_TEMPLATE.replace("{source}", e.source) + " " + e.target for e in examples]
+        template = data.load_template(settings.template, folder, ())[0] if settings.template else data.SHORT_TEMPLATE
+        (folder / "template.txt").write_text(template, encoding="utf-8")
+        texts = [template.replace("{source}", e.source) + " " + e.target for e in examples]
         tokenizer = data.train_tokenizer(texts, settings.vocab_size, folder)
         rows, _ = data.encode(examples, tokenizer, settings.max_input_tokens, settings.max_new_tokens)
         say(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
@@ -845,21 +849,15 @@ def train_ppo(settings):
         raise ValueError("--whiten needs the whole batch's advantages at once; leave out --micro-batch-size")
     with stage_folder(settings, "ppo") as folder:
         start = adapter_folder(settings, settings.init) if settings.init != "base" else None
-        reward_first(settings)
+        reward_first(settings, start)
         llama, tokenizer = open_base(settings)
-        rows = prepare(settings, "train", tokenizer, settings.train_examples)
-        targets = settings.lora_targets.split(",")
         if Path(settings.reward).exists():
             llama.load_adapter("reward", settings.reward, head=True)
         else:  # a dry run, before there is one
+            targets = Reward.lora_targets.split(",")
             llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
-        if start:
-            llama.load_adapter("policy", start)
-        else:
-            llama.add_adapter("policy", settings.lora_r, settings.lora_alpha, targets, generator(settings, "policy"))
-        llama.add_adapter(
-            "value", settings.lora_r, settings.lora_alpha, targets, generator(settings, "value"), head="zero"
-        )
+        add_actors(settings, llama, start)
+        rows = prepare(settings, "train", tokenizer, settings.train_examples)
         if settings.dry_run:
             return plan(settings, llama, rows, ["policy", "value"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
@@ -883,15 +881,33 @@ def train_ppo(settings):
         llama.save_adapter("value", folder / "value", settings.model)
 
 
-def reward_first(settings):
-    """Train the reward model that PPO needs, with that stage's own defaults, where it is not there yet."""
-    default = Path(settings.output_dir) / "reward"
+def add_actors(settings, llama, start):
+    """The policy, fresh or from the folder that --init named, and a fresh value."""
+    r, alpha, targets = settings.lora_r, settings.lora_alpha, settings.lora_targets.split(",")
+    if start:
+        llama.load_adapter("policy", start)
+    else:
+        llama.add_adapter("policy", r, alpha, targets, generator(settings, "policy"))
+    llama.add_adapter("value", r, alpha, targets, generator(settings, "value"), head="zero")
+
+
+# What the reward model that PPO trains takes over from PPO, beside all of Common: how long and how, not how well.
+SHARED = ("train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
+          "keep_checkpoints", "max_time", "deterministic")  # fmt: skip
+
+
+def reward_first(settings, start):
+    """Train the reward model that PPO needs, with that stage's own settings, where it is not there yet."""
+    if Path(settings.reward) != Path(settings.output_dir) / "reward":
+        need(settings.reward, "reward")
     if Path(settings.reward).exists() or settings.dry_run:
         return
-    need(default.parent if Path(settings.reward) == default else settings.reward, "reward")
-    say(f"ppo: no reward model in {default} yet; training it first")
-    shared = [f.name for f in fields(Common)] + ["train_examples", "max_steps", "log_every"]
-    train_reward(resolve("reward", {name: getattr(settings, name) for name in shared}))
+    add_actors(settings, open_base(replace(settings, dry_run=True))[0], start)  # what PPO would refuse, it refuses now
+    say(f"ppo: no reward model in {settings.reward} yet; training it first")
+    given = {"resume": "auto" if settings.resume else ""} | {name: getattr(settings, name) for name in SHARED}
+    if settings.config:  # its [reward] table goes before what PPO and the reward model share
+        given = read_settings(settings.config, "reward", given)
+    train_reward(resolve("reward", given | {f.name: getattr(settings, f.name) for f in fields(Common)}))
 
 
 def ppo_updates(settings, llama, batch, update, rate, logged):
@@ -1022,8 +1038,10 @@ def show_tables(settings):
     folder = Path(settings.output_dir) / "eval"
     need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
     text = evaluation.tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     say(text)
+    if settings.dry_run:
+        return
+    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
     say(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 
 
@@ -1034,6 +1052,8 @@ def answer(settings, text):
         raise ValueError("no text to summarise, or not UTF-8; give it as an argument or on standard input")
     llama, tokenizer = open_base(settings)
     adapter = load_answerer(settings, llama, settings.adapter)
+    if settings.dry_run:
+        return plan(settings, llama, [])
     prompt = tokenizer.prompts([text])[0]
     draw = generator(settings, "sample", device=settings.device)
     response = model.sample(
@@ -1083,13 +1103,13 @@ def out_of_range(f, value):
     """What is wrong with a setting's value, or "": it must be finite, within its limits, and one of its choices."""
     low, above, high = (f.metadata["limits"][name] for name in ("least", "above", "most"))
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        return f"choose from {', '.join(f.metadata['choices'])}"
+        return f"none of {', '.join(f.metadata['choices'])}"
     if f.type in (str, bool):
         return "text with a NUL in it" if value and "\0" in str(value) else ""
     wanted = [f"at least {low}"] * (low is not None) + [f"above {above}"] * (above is not None)
     wanted += [f"at most {high}"] * (high is not None)
     inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-    return "" if math.isfinite(value) and inside else f"out of range: must be finite, {' and '.join(wanted)}"
+    return "" if -math.inf < value < math.inf and inside else f"out of range: must be finite, {' and '.join(wanted)}"
 
 
 def converter(f):
@@ -1105,24 +1125,27 @@ def converter(f):
     return convert
 
 
-def read_settings(file, command):
+def read_settings(file, command, between=()):
     """The settings that a file holds for a command: a stage's config.json, or TOML.
 
     In TOML, keys before the first table are for every command that has such a setting, those in [ppo] for ppo alone.
+    between: settings that go before the former, and behind the latter.
     """
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError or UnicodeDecodeError is a ValueError
         raise ValueError(f"{file}: unreadable settings: {error}; mend the file") from None
-    for name in ("stage", "commit"):  # what a saved config.json holds beside the settings
-        raw.pop(name, None)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: unreadable settings: not a JSON object; mend the file")
+    if file.endswith(".json"):  # the first two are no settings, the others were about that run alone
+        raw = {name: value for name, value in raw.items() if name not in ("stage", "commit", "overwrite", "resume")}
     tables = {name: table for name, table in raw.items() if isinstance(table, dict)}
     tables[""] = {name: value for name, value in raw.items() if name not in tables}
     known = {name: {f.name: f for f in fields(settings)} for name, (settings, *_) in COMMANDS.items()}
     known[""] = {name: f for stage in known.values() for name, f in stage.items()}
-    found = {}
-    for table, values in sorted(tables.items()):
+    found = {table: {} for table in known}
+    for table, values in tables.items():
         if table not in known:
             raise ValueError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
         for key, value in values.items():
@@ -1131,14 +1154,16 @@ def read_settings(file, command):
             if f is None:
                 near = difflib.get_close_matches(name, known[table], 1)
                 raise ValueError(f"{where}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
-            value = float(value) if f.type is float and type(value) is int else value
+            if name in found[table]:
+                raise ValueError(f"{where}: given twice, with a dash and with an underscore; remove one")
+            if f.type is float and type(value) is int:
+                value = float(str(value))  # inf, and so out of range, where it is too large
             if type(value) is not f.type:
                 raise ValueError(f"{where}: {value!r} is not of type {f.type.__name__}")
             if problem := out_of_range(f, value):
                 raise ValueError(f"{where}: {value!r} is {problem}")
-            if table == command or (table == "" and name in known[command]):
-                found[name] = value
-    return found
+            found[table][name] = value
+    return {name: value for name, value in found[""].items() if name in known[command]} | dict(between) | found[command]
 
 
 def dashed(argument):

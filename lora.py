@@ -102,6 +102,7 @@ def adapter_parameters(module, name):
 def save_adapter(module, name, folder, base_name, head=None, base_hash=""):
     """Write adapter_config.json and adapter_model.safetensors, fp32, with PEFT's names.
 
+    base_name: the base's folder, or owner/name[@revision] of the Hub, which PEFT wants apart.
     head: (1, C) parameter of a scalar head, saved as `score` of a SEQ_CLS adapter; None for a language model.
     base_hash: what tells this base from others of its shape, kept beside them in base.sha256.
     """
@@ -110,12 +111,15 @@ def save_adapter(module, name, folder, base_name, head=None, base_hash=""):
     tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
     r = layers[0][1].lora_A[name].shape[0]
+    base, revision = str(base_name), None
+    if "@" in base and not Path(base).is_dir():
+        base, _, revision = base.partition("@")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "r": r,
         "lora_alpha": round(layers[0][1].scaling[name] * r, 6), "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({path.rpartition(".")[2] for path, _ in layers}),
-        "modules_to_save": None if head is None else ["score"], "base_model_name_or_path": str(base_name),
-        "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+        "modules_to_save": None if head is None else ["score"], "base_model_name_or_path": base,
+        "revision": revision, "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip
     if head is not None:
         tensors[f"{PREFIX}score.weight"] = head

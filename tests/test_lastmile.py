@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub import Hub
 from safetensors.torch import load_file
+from test_quant import dense_twin
 
 import lastmile
 
@@ -270,6 +275,576 @@ def test_no_eos_in_labels(fresh_run, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A file of settings: --config
+
+
+def written(folder, text, name="settings.toml"):
+    """A settings file with that text, to the byte."""
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(folder / name)
+
+
+def test_a_settings_file_sets_what_flags_do_not(tmp_path):
+    """Keys before the first table are for every command that has such a setting, a table's for its command alone and
+    before those; a flag goes before the file, a dash means an underscore, and a whole number will do for a number.
+    """
+    text = 'seed = 7\nbatch-size = 3\nlora_alpha = 8\noutput_dir = "a-b_c"\n[ppo]\nbatch_size = 5\nwhiten = true\n'
+    file = written(tmp_path, text + '[mle]\neos-in-labels = false\n[sample]\nadapter = "x"\n')
+    ppo = lastmile.parse(["ppo", "--config", file, "--seed", "8", "--no-whiten"])[1]
+    assert (ppo.seed, ppo.batch_size, ppo.lora_alpha, ppo.output_dir, ppo.whiten) == (8, 5, 8.0, "a-b_c", False)
+    assert type(ppo.lora_alpha) is float and ppo.config == file and lastmile.parse(["ppo", "--config", file])[1].whiten
+    mle = lastmile.parse(["mle", "--config", file])[1]
+    assert (mle.seed, mle.batch_size, mle.eos_in_labels) == (7, 3, False)
+    assert lastmile.parse(["sample", "hello", "--config", file])[1].adapter == "x"
+    assert lastmile.parse(["tables", "--config", file])[1].seed == 7  # has neither batch size nor alpha
+
+
+@pytest.mark.parametrize("text", ["\ufeffseed = 7\n[mle]\nbatch_size = 3\n", "seed = 7\r\n\r\n[mle]\r\nbatch_size = 3"])
+def test_settings_files_of_windows(tmp_path, text):
+    """Editors there put a byte order mark in front and end lines with CRLF: neither is part of a key or a value."""
+    mle = lastmile.parse(["mle", "--config", written(tmp_path, text)])[1]
+    assert (mle.seed, mle.batch_size) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "rate", "examples"),
+    [
+        ("", [], 3e-3, 0),
+        ('data = "samsum"', [], 1e-5, 0),
+        ('data = "xsum"', [], 1e-5, 15000),
+        ('[mle]\ndata = "xsum"', [], 1e-5, 15000),
+        ('[ppo]\ndata = "xsum"', [], 3e-3, 0),
+        ('data = "xsum"', ["--data", "toy"], 3e-3, 0),
+        ('data = "xsum"\ntrain_examples = 5\nlearning_rate = 1', [], 1.0, 5),
+    ],
+)
+def test_defaults_follow_the_data_of_the_file(tmp_path, text, flags, rate, examples):
+    """Which defaults hold, the toy's or the paper's, is decided by the data that will be used, wherever it is named."""
+    mle = lastmile.parse(["mle", "--config", written(tmp_path, text), *flags])[1]
+    assert (mle.learning_rate, mle.train_examples) == (rate, examples)
+
+
+BAD_FILES = {  # text of the file: what the one line on stderr must say behind the file's name
+    'batch_size = "3"': "batch_size: '3' is not of type int",
+    "batch_size = 3.0": "batch_size: 3.0 is not of type int",
+    "batch_size = true": "batch_size: True is not of type int",
+    "learning_rate = true": "learning_rate: True is not of type float",
+    "overwrite = 1": "overwrite: 1 is not of type bool",
+    "data = 1979-05-27": "data: datetime.date(1979, 5, 27) is not of type str",
+    "batch_size = 0": "batch_size: 0 is out of range: must be finite, at least 1",
+    "learning-rate = 0": "learning-rate: 0.0 is out of range: must be finite, above 0",
+    "learning_rate = nan": "learning_rate: nan is out of range",
+    "learning_rate = inf": "learning_rate: inf is out of range",
+    f"learning_rate = 1{'0' * 400}": "learning_rate: inf is out of range",
+    "[ppo]\nlam = 1.5": "[ppo] lam: 1.5 is out of range: must be finite, at least 0 and at most 1",
+    'dtype = "int8"': "dtype: 'int8' is none of auto, float32, bfloat16, float16",
+    "bach_size = 3": "bach_size: no such setting; did you mean batch_size?",
+    "[ppo]\nlength_penality = 1": "[ppo] length_penality: no such setting; did you mean length_penalty?",
+    "[mle]\ngamma = 0.5": "[mle] gamma: no such setting",  # PPO's, and so allowed before the first table
+    "text = 'hello'": "text: no such setting",
+    "stage = 'mle'": "stage: no such setting",  # only a stage's config.json says which it was
+    "[trainer]\nbatch_size = 3": "no command [trainer]; tables are named pretrain, quantize,",
+    "batch_size = 3\nbatch_size = 4": "unreadable settings: Cannot overwrite a value",
+    "batch_size = 3\nbatch-size = 4": "batch-size: given twice, with a dash and with an underscore",
+    "[mle]\nseed = 3\n[mle]\nseed = 4": "unreadable settings: Cannot declare ('mle',) twice",
+    "batch_size: 3": "unreadable settings: Expected '=' after a key",
+    b"data = '\xff'": "unreadable settings: 'utf-8' codec",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_bad_settings_files(fresh_run, text, tmp_path, capsys):
+    """A file is checked as flags are, whole, whichever command it is for: one line with file, key and cause, code 2."""
+    file = written(tmp_path, text)
+    before = contents(tmp_path)
+    assert exit_code(fresh_run, "mle", "--config", file) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: {BAD_FILES[text]}" in error and error.count("\n") == 1, error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "unreadable settings"),
+        ("[1]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('{"batch_size": NaN}', "batch_size: nan is not of type int"),
+        ('{"learning_rate": Infinity}', "learning_rate: inf is out of range"),
+        ('{"data": null}', "data: None is not of type str"),
+        ('{"attention_bias": false}', "attention_bias: no such setting"),  # a model's config.json instead of a stage's
+    ],
+)
+def test_bad_config_json(fresh_run, tmp_path, text, problem, capsys):
+    """A config.json edited by hand, or one that belongs to a model: the same line, and no traceback."""
+    file = written(tmp_path, text, "config.json")
+    assert exit_code(fresh_run, "mle", "--config", file) == 2
+    error = capsys.readouterr().err
+    assert file in error and problem in error and error.count("\n") == 1, error
+
+
+def test_an_absent_settings_file(fresh_run, tmp_path, capsys):
+    """A mistyped name, or a folder instead of the file in it, must not train a night with defaults."""
+    for file in (tmp_path / "absent.toml", tmp_path):
+        assert exit_code(fresh_run, "mle", "--config", file) == 2
+        error = capsys.readouterr().err
+        assert str(file) in error and error.count("\n") == 1
+    assert not (fresh_run.folder / "mle").exists()
+
+
+@pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])
+def test_a_saved_config_repeats_its_stage(fresh_run, reward, tmp_path, stage, capsys):
+    """The config.json beside an adapter brings it forth again, to the byte, in another folder and from nothing else;
+    that the first run might replace a folder is no leave for the second.
+    """
+    flags = {"reward": ["--eval-examples", 4], "mle": ["--no-eos-in-labels"], "ppo": ["--reward", reward, "--whiten"]}
+    odd = ["--seed", 5, "--lora-r", 3, "--learning-rate", 0.01, "--overwrite", "--resume", *flags[stage]]
+    assert fresh_run(stage, *SMALL, *odd) == 0
+    config = str(fresh_run.folder / stage / "config.json")
+    assert lastmile.main([stage, "--config", config]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert lastmile.main([stage, "--config", config, "--output-dir", str(tmp_path / "again")]) == 0
+    assert not json.loads((tmp_path / "again" / stage / "config.json").read_text())["resume"]
+    first, again = learned(fresh_run.folder / stage), learned(tmp_path / "again" / stage)
+    assert first == again and len(first) >= 3
+
+
+def test_saved_settings_repeat_a_quantisation(fresh_run, run_folder, tmp_path):
+    """Beside a model the settings are called settings.json, as config.json is Hugging Face's; they do the same."""
+    assert lastmile.main(
+        ["quantize", "--config", str(run_folder / "base/settings.json"), "--output-dir", str(tmp_path / "again")]
+    ) == 0  # fmt: skip
+    for name in ("model.safetensors", "config.json", "tokenizer.model", "template.txt"):
+        assert (tmp_path / "again/base" / name).read_bytes() == (run_folder / "base" / name).read_bytes()
+
+
+def test_settings_are_printed_once_and_saved(fresh_run, reward, capsys):
+    """What a stage runs with, defaults filled in, stands once on stdout and in its folder: no run is a riddle later.
+    A path stays in one piece.
+    """
+    place = fresh_run.folder / ("a-long-folder-name-with-dashes-" * 6)
+    places = ["--model", fresh_run.folder / "base", "--output-dir", place]
+    for stage, flags in [("mle", []), ("ppo", ["--reward", reward]), ("eval", ["--adapters", "base"])]:
+        own = ["--test-examples", 4] if stage == "eval" else SMALL[:-2]
+        assert lastmile.main([stage, *map(str, [*places, *own, *flags, "--max-new-tokens", 24])]) == 0
+        out = capsys.readouterr().out
+        shown = re.findall(rf"^{stage}: (config=.*(?:\n  .*)*)", out, re.M)
+        assert len(shown) == 1 and out.count("max_new_tokens=") == 1
+        settings = json.loads((place / stage / "config.json").read_text())
+        assert settings.pop("stage") == stage and settings.pop("commit")
+        found = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in shown[0].split())}
+        assert found == settings and set(found) == {f.name for f in dataclasses.fields(lastmile.COMMANDS[stage][0])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dry runs
+
+
+def dry(run, stage, *flags, capsys):
+    """What a dry run says of its sizes: {"rows", "steps", "trained"}, where it says it."""
+    capsys.readouterr()
+    assert run(stage, *flags, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.count("dry run: ") == 1 and re.search(r"^  model +\S+: [\d.,]+ M parameters$", out, re.M)
+    assert re.search(r"^  memory +weights [\d.]+ .*= [\d.]+ GB", out, re.M)
+    patterns = dict(rows=r"data +([\d,]+) rows", steps=r"steps +([\d,]+) of", trained=r"trained +.*: ([\d,]+) param")
+    found = {name: re.search(pattern, out) for name, pattern in patterns.items()}
+    return {name: int(match[1].replace(",", "")) for name, match in found.items() if match}
+
+
+@pytest.fixture
+def no_weights(run_folder, monkeypatch):
+    """The base's files give names, types and shapes, and fail whoever asks for what is in a tensor."""
+    safe_open = lastmile.model.safe_open
+
+    class HeaderOnly:
+        def __init__(self, *arguments, **keywords):
+            self.opened = safe_open(*arguments, **keywords)
+
+        def __enter__(self):
+            opened = self.opened.__enter__()
+            self.keys, self.get_slice = opened.keys, opened.get_slice
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def get_tensor(self, name):
+            pytest.fail(f"{name} was read")
+
+    monkeypatch.setattr(lastmile.model, "safe_open", HeaderOnly)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("pretrain --overwrite", {"rows", "steps", "trained"}),
+        ("quantize --model PRETRAIN", {"rows"}),
+        ("reward", {"rows", "steps", "trained"}),
+        ("mle --overwrite", {"rows", "steps", "trained"}),
+        ("ppo", {"rows", "steps", "trained"}),
+        ("ppo --reward REWARD --init mle", {"rows", "steps", "trained"}),
+        ("eval --adapters base,mle", {"rows"}),
+        ("merge --adapter mle", set()),
+        ("sample hello --adapter mle", set()),
+    ],
+)
+def test_a_dry_run_leaves_no_trace(fresh_run, run_folder, reward, line, says, tmp_path, monkeypatch, capsys, request):
+    """It answers within seconds what a night would have found out, for any model, as no weight is read, and nothing on
+    disk changes: no folder, no cache, nothing left of temporary files.
+    """
+    assert fresh_run("mle", *SMALL) == 0
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    request.getfixturevalue("no_weights")
+    before = contents(tmp_path), contents(run_folder)
+    places = {"REWARD": reward, "PRETRAIN": run_folder / "pretrain"}
+    stage, *flags = (places.get(word, word) for word in line.split())
+    assert set(dry(fresh_run, stage, *flags, capsys=capsys)) == says
+    assert (contents(tmp_path), contents(run_folder)) == before
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "saved"),
+    [
+        ("pretrain", "--hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2 --num-key-value-heads 1", ["."]),
+        ("reward", "--eval-examples 4", ["."]),
+        ("mle", "--lora-targets q_proj,v_proj", ["."]),
+        ("ppo", "--reward REWARD", ["policy", "value"]),
+        ("ppo", "--reward REWARD --init mle --lora-r 3", ["policy", "value"]),
+    ],
+)
+def test_a_dry_run_s_numbers_are_the_run_s(fresh_run, reward, stage, flags, saved, capsys):
+    """Its steps are the lines of metrics.jsonl, its parameters those of the saved files: a plan that counts for itself
+    would drift from what is run.
+    """
+    if "mle" in flags:
+        assert fresh_run("mle", *SMALL) == 0
+    flags = [reward if word == "REWARD" else word for word in flags.split()]
+    flags += ["--train-examples", 20, "--batch-size", 6, "--epochs", 2, "--max-new-tokens", 60]
+    found = dry(fresh_run, stage, *flags, capsys=capsys)
+    assert fresh_run(stage, *flags) == 0
+    folder = fresh_run.folder / stage
+    tensors = [load_file(path) for place in saved for path in (folder / place).glob("*.safetensors")]
+    assert found["trained"] == sum(tensor.numel() for file in tensors for tensor in file.values()) > 0
+    assert found["steps"] == len(journal(folder)) == 2 * -(-found["rows"] // 6)
+    assert 60 < found["rows"] <= 120 if stage == "reward" else found["rows"] == 20
+
+
+def test_a_dry_run_writes_no_tables(fresh_run, capsys):
+    """`tables` writes a file too; and a dry run of it is no reason to."""
+    assert fresh_run("eval", "--adapters", "base", "--test-examples", 4, "--max-new-tokens", 24) == 0
+    assert fresh_run("tables", "--dry-run") == 0
+    assert "rougeL-recall" in capsys.readouterr().out and not (fresh_run.folder / "eval/tables.md").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models and adapters by name
+
+
+@pytest.fixture(scope="module")
+def trained(run_folder, tmp_path_factory):
+    """A run's folder over the same base with an mle adapter that changes what the base says."""
+    folder = tmp_path_factory.mktemp("trained") / "toy"
+    flags = f"--output-dir {folder} --model {run_folder}/base --learning-rate 0.1 --lora-r 4"
+    assert lastmile.main(["mle", *flags.split(), *map(str, SMALL)]) == 0
+    return folder
+
+
+def say(text, *flags, capsys):
+    capsys.readouterr()
+    assert lastmile.main(["sample", text, "--max-new-tokens", "24", *map(str, flags)]) == 0
+    return capsys.readouterr().out
+
+
+TEXTS = ["Amy: Shall we play chess at noon?\nBen: Sorry, I have no time.", "Zoe: Hi", "What about the beach tonight?"]
+
+
+def test_merged_is_what_the_adapter_was(trained, run_folder, capsys):
+    """`merge` folds mle into one dense fp16 folder. It answers as base and adapter do, with no adapter and no GPTQ, in
+    here and in transformers; and it says what it is made of.
+    """
+    transformers = pytest.importorskip("transformers")
+    at = ["--output-dir", str(trained), "--model", str(run_folder / "base")]
+    assert lastmile.main(["merge", "--adapter", "mle", *at]) == 0
+    folder = trained / "merge"
+    ours, base = ([say(text, "--adapter", name, *at, capsys=capsys) for text in TEXTS] for name in ("mle", "base"))
+    assert ours == [say(text, "--adapter", "base", "--model", folder, capsys=capsys) for text in TEXTS] != base
+    names = {"config.json", "settings.json", "model.safetensors", "tokenizer.model", "template.txt"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert json.loads((folder / "settings.json").read_text())["adapter"] == "mle"
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+
+    llama, tokens = lastmile.model.load(run_folder / "base"), torch.arange(3, 51).view(2, 24)
+    llama.load_adapter("mle", trained / "mle")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected, found = llama.logits(llama(tokens, "mle")), theirs(tokens).logits
+        assert (found - expected).norm() < 1e-3 * expected.norm()  # fp16 has 11 bits
+        merged = lastmile.model.load(folder)
+        torch.testing.assert_close(merged.logits(merged(tokens)), found, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_takes_any_adapter(fresh_run, trained, reward, capsys):
+    """The run's own policy, or a folder: the same adapter merges to the same bytes however it is named; a reward model
+    answers nothing and is refused.
+    """
+    shutil.copytree(trained / "mle", fresh_run.folder / "ppo/policy")
+    found = []
+    for name in ("policy", trained / "mle"):
+        assert fresh_run("merge", "--adapter", name, "--overwrite") == 0
+        found.append((fresh_run.folder / "merge/model.safetensors").read_bytes())
+    assert found[0] == found[1]
+    capsys.readouterr()
+    assert fresh_run("merge", "--adapter", reward, "--overwrite") == 2
+    assert f"{reward}: a merged adapter must not have a score head" in capsys.readouterr().err
+    assert (fresh_run.folder / "merge/model.safetensors").read_bytes() == found[0]
+
+
+COPIED = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
+
+
+def test_what_a_model_brings_travels(fresh_run, run_folder, trained, tmp_path):
+    """A model folder made from another must be as usable: the tokenizer in both formats, its settings, those of
+    generation, and the prompt go along, a --template file in the place of the model's own.
+    """
+    whole = tmp_path / "whole"
+    shutil.copytree(run_folder / "pretrain", whole)
+    for name in COPIED:
+        (whole / name).write_text(f'{{"{name}": "ä"}}', encoding="utf-8")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Text: {source}\nGist: ", encoding="utf-8")
+    at = ["--output-dir", str(tmp_path / "new")]
+    assert lastmile.main(["quantize", "--model", str(whole), "--calibration-examples", "8", *at]) == 0
+    template = ["--template", str(prompt), *at]
+    assert lastmile.main(["merge", "--adapter", str(trained / "mle"), *template]) == 0
+    for folder, own in ((tmp_path / "new/base", whole / "template.txt"), (tmp_path / "new/merge", prompt)):
+        for name in [*COPIED, "tokenizer.model"]:
+            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        assert (folder / "template.txt").read_bytes() == own.read_bytes()
+    shutil.rmtree(tmp_path / "new/base")
+    assert lastmile.main(["quantize", "--model", str(whole), "--calibration-examples", "8", *template]) == 0
+    assert (tmp_path / "new/base/template.txt").read_bytes() == prompt.read_bytes()
+    assert not [name for name in COPIED if (run_folder / "base" / name).exists()]  # nothing is made up
+
+
+def test_pretrain_takes_a_template(tmp_path):
+    """--template FILE is the prompt that a base from scratch learns, and keeps; control tokens it cannot have."""
+    (tmp_path / "prompt.txt").write_text("Text: {source}\nGist: ")
+    flags = "--hidden-size 16 --intermediate-size 16 --num-hidden-layers 1 --num-attention-heads 1 --vocab-size 500"
+    flags = [*flags.split(), "--num-key-value-heads", "1", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    assert lastmile.main(["pretrain", *flags, "--template", "chatml"]) == 2 and not (tmp_path / "run").exists()
+    assert lastmile.main(["pretrain", *flags, "--template", str(tmp_path / "prompt.txt")]) == 0
+    assert (tmp_path / "run/pretrain/template.txt").read_text() == "Text: {source}\nGist: "
+
+
+def test_an_adapter_s_folder_is_as_good_as_its_name(fresh_run, trained, reward, capsys):
+    """sample --adapter FOLDER and ppo --init FOLDER take adapters of other runs, and do with them what they do with
+    their own.
+    """
+    shutil.copytree(trained / "mle", fresh_run.folder / "mle")
+    elsewhere, base = trained / "mle", ["--model", fresh_run.folder / "base"]
+    own = [say(text, "--output-dir", fresh_run.folder, "--adapter", "mle", capsys=capsys) for text in TEXTS]
+    assert own == [say(text, *base, "--adapter", elsewhere, capsys=capsys) for text in TEXTS]
+    assert own != [say(text, *base, "--adapter", "base", capsys=capsys) for text in TEXTS]
+    found = []
+    for start in ("mle", elsewhere, "base"):
+        assert fresh_run("ppo", *SMALL, "--reward", reward, "--init", start, "--overwrite") == 0
+        found.append(learned(fresh_run.folder / "ppo"))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda f: shutil.rmtree(f), "no adapter"),
+        (lambda f: (f / "adapter_config.json").unlink(), "no adapter"),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), "no such file"),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"PK"), "unreadable adapter"),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), "unreadable adapter"),
+        (lambda f: shutil.copytree("reward", f, dirs_exist_ok=True), "must not have a score head"),
+    ],
+    ids=["no folder", "no config", "no weights", "no safetensors", "empty config", "a reward model"],
+)
+@pytest.mark.parametrize("command", ["sample hello --adapter", "merge --adapter", "ppo --init"])
+def test_bad_adapter_folders(fresh_run, trained, reward, tmp_path, command, damage, problem, monkeypatch, capsys):
+    """One line that names the folder; and PPO says so before it trains the reward model that is not there yet."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reward, "reward")
+    shutil.copytree(trained / "mle", "adapter")
+    damage(tmp_path / "adapter")
+    before = contents(tmp_path)
+    assert exit_code(fresh_run, *command.split(), "adapter") == 2
+    out, error = capsys.readouterr()
+    assert "adapter" in error and problem in error and error.count("\n") == 1, error
+    assert "training it first" not in out and contents(tmp_path) == before
+
+
+def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, capsys):
+    """`ppo` alone is `reward`, with that stage's own defaults and the same data, model, --max-steps and
+    --train-examples, and then `ppo`: the same bytes. It says so, and a [reward] table of the settings file counts.
+    """
+    file = written(tmp_path, "[reward]\neval_examples = 4\nlora_r = 2\n[ppo]\nlora_r = 3\n")
+    flags = [*SMALL, "--config", file, "--seed", 4]
+    assert fresh_run("ppo", *flags) == 0
+    out, place = capsys.readouterr().out, fresh_run.folder
+    assert f"ppo: no reward model in {place}/reward yet; training it first" in out
+    settings = json.loads((place / "reward/config.json").read_text())
+    expected = dict(batch_size=14, epochs=2, learning_rate=3e-3, max_steps=2, train_examples=14, max_new_tokens=24)
+    expected |= dict(eval_examples=4, lora_r=2, seed=4, output_dir=str(place), model=f"{place}/base", stage="reward")
+    assert {name: settings[name] for name in expected} == expected
+    apart = ["--model", place / "base", "--output-dir", tmp_path / "apart"]
+    for stage in ("reward", "ppo"):
+        assert lastmile.main([stage, *map(str, [*flags, *apart])]) == 0
+        assert learned(tmp_path / "apart" / stage) == learned(place / stage)
+    assert "training it first" not in capsys.readouterr().out
+
+
+def test_ppo_goes_on_with_the_reward_model_it_was_training(fresh_run, tmp_path, capsys):
+    """What ends PPO while it trains its reward model is mended by the same command with --resume; how to train, in what
+    portions and for how long, is said once for both.
+    """
+    flags = [
+        *SMALL,
+        "--micro-batch-size",
+        3,
+        "--save-every",
+        1,
+        "--config",
+        written(tmp_path, "[reward]\nlora_r = 2\n"),
+    ]
+    assert fresh_run("ppo", *flags, "--max-time", 1e-9) == 128 + 15
+    assert [path.name for path in fresh_run.folder.glob("*/checkpoints/*")] == ["step-00000001"]
+    assert fresh_run("ppo", *flags) == 2 and "reward.partial: an interrupted run" in capsys.readouterr().err
+    assert fresh_run("ppo", *flags, "--resume") == 0
+    assert "reward: goes on from" in capsys.readouterr().out
+    assert json.loads((fresh_run.folder / "reward/config.json").read_text())["micro_batch_size"] == 3
+    apart = ["--model", fresh_run.folder / "base", "--output-dir", tmp_path / "apart"]
+    assert lastmile.main(["ppo", *map(str, [*flags, *apart])]) == 0
+    for stage in ("reward", "ppo"):
+        assert learned(fresh_run.folder / stage) == learned(tmp_path / "apart" / stage)
+
+
+def test_a_full_disk_ends_no_run_before_its_end(fresh_run, monkeypatch, capsys):
+    """A checkpoint that cannot be written on the way is said to be missing, and the run goes on to its adapter."""
+    write = lastmile.write_checkpoint
+
+    def full_once(place, *content):
+        if place.name == "step-00000001":
+            raise OSError(28, "No space left on device")
+        write(place, *content)
+
+    monkeypatch.setattr(lastmile, "write_checkpoint", full_once)
+    assert fresh_run("mle", *SMALL, "--save-every", 1) == 0
+    assert "step-00000001: not saved (No space left on device)" in capsys.readouterr().err
+
+
+def test_what_ppo_refuses_it_refuses_before_the_reward_model_trains(fresh_run, capsys):
+    """An adapter target of no layer concerns PPO alone, so the reward model would be trained in vain."""
+    before = contents(fresh_run.folder)
+    assert fresh_run("ppo", *SMALL, "--lora-targets", "q_proj,nose") == 2
+    assert "nose" in capsys.readouterr().err and contents(fresh_run.folder) == before
+
+
+def test_the_paper_s_model_is_the_default(monkeypatch, tmp_path):
+    """Section 4.1: on the paper's data sets `ppo` alone means its base model; one in the run's folder goes before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("samsum", "xsum"):
+        assert lastmile.parse(["ppo", "--data", name])[1].model == "TheBloke/Llama-2-7B-Chat-GPTQ"
+    (tmp_path / "runs/xsum/base").mkdir(parents=True)
+    assert lastmile.parse(["ppo", "--data", "xsum"])[1].model == "runs/xsum/base"
+    assert lastmile.parse(["ppo"])[1].model == "runs/toy/base"  # to be made, not fetched
+    assert lastmile.parse(["ppo", "--data", "xsum", "--model", "a/b@c"])[1].model == "a/b@c"
+
+
+def test_a_model_of_the_hub_brings_its_prompt(fresh_run, tmp_path):
+    """A base of ours on the Hub is what it was in its folder: its template.txt is fetched with it, or training would
+    silently show it another prompt. The adapter then names it as PEFT does.
+    """
+    files = {path.name: path.read_bytes() for path in (fresh_run.folder / "base").iterdir()}
+    assert fresh_run("mle", *SMALL) == 0
+    flags = ["--model", "owner/name@v1", "--output-dir", "run"]
+    with Hub({"models": {"owner/name": {"v1": files}}}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, lastmile.ROOT / "lastmile.py", "mle", *SMALL, *flags]
+        subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, check=True, capture_output=True)
+    ours, theirs = learned(fresh_run.folder / "mle"), learned(tmp_path / "run/mle")
+    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    config = json.loads(theirs["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v1")
+
+
+def test_ppo_over_another_tool_s_checkpoint(shared, tmp_path):
+    """4-bit weights as gptqmodel writes them, a tokenizer.json, real articles: PPO runs over them, and PEFT opens its
+    policy and its value over transformers' Llama of the dequantised weights, with our logits and our scores.
+    """
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = shared / "fixtures/gq_10"
+    file = written(tmp_path, "learning_rate = 1e-2\nlora_r = 4\nmax_input_tokens = 250\n[reward]\neval_examples = 2\n")
+    flags = f"--config {file} --model {base} --data {shared}/data/xsum_test_1000.jsonl --output-dir {tmp_path}/run"
+    flags += " --max-steps 2 --train-examples 14 --max-new-tokens 24"
+    assert lastmile.main(["ppo", *flags.split()]) == 0
+    llama, tokens = lastmile.model.load(base), torch.arange(3, 51).view(2, 24)
+    llama.load_adapter("policy", tmp_path / "run/ppo/policy")
+    llama.load_adapter("value", tmp_path / "run/ppo/value", head=True)
+    config = transformers.AutoConfig.from_pretrained(base)
+    del config.quantization_config
+    config.num_labels, config.dtype = 1, torch.float32
+    state = {name.replace(".base.", "."): tensor for name, tensor in dense_twin(base).state_dict().items()}
+    policy = transformers.LlamaForCausalLM(config)
+    policy.load_state_dict(state)
+    value = transformers.LlamaForSequenceClassification(config)
+    missing = value.load_state_dict(state, strict=False)
+    assert missing.missing_keys == ["score.weight"] and missing.unexpected_keys == ["lm_head.weight"]
+    policy = peft.PeftModel.from_pretrained(policy, tmp_path / "run/ppo/policy").eval()
+    value = peft.PeftModel.from_pretrained(value, tmp_path / "run/ppo/value").eval()
+    kinds = [model.peft_config["default"].task_type for model in (policy, value)]
+    assert kinds == ["CAUSAL_LM", "SEQ_CLS"]
+    with torch.no_grad():
+        ours, bare = llama.logits(llama(tokens, "policy")), llama.logits(llama(tokens))
+        torch.testing.assert_close(policy(tokens).logits, ours, rtol=1e-4, atol=1e-4)
+        scores = llama.scalar(llama(tokens, "value"), "value")  # (B, T)
+        for row, score in zip(tokens, scores, strict=True):
+            for length in (1, 10, 24):  # a classifier scores its last token
+                logits = value(row[None, :length]).logits
+                torch.testing.assert_close(logits.item(), score[length - 1].item(), rtol=1e-4, atol=1e-4)
+    assert (ours - bare).abs().max() > 1e-2 and scores.abs().max() > 1e-2  # both adapters do something
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Start-up
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("--help", 0, "usage: lastmile.py"),
+        ("ppo --help", 0, "--length-penalty"),
+        ("ppo --lenght-penalty 1", 2, "--lenght-penalty"),
+        ("ppo --lam 2", 2, "out of range"),
+        ("ppo --config FILE", 2, "did you mean length_penalty?"),
+    ],
+)
+def test_help_and_mistakes_need_no_torch(tmp_path, line, code, says):
+    """Torch takes seconds to import: who asks for help, or mistypes, is answered without it. The lazy module object
+    stands in sys.modules all the same, so what counts is what Python executed: its C part, and numpy's.
+    """
+    file = written(tmp_path, "[ppo]\nlength_penality = 1\n")
+    command = [sys.executable, "-X", "importtime", "lastmile.py", *line.replace("FILE", file).split()]
+    done = subprocess.run(command, cwd=lastmile.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and says in done.stdout + done.stderr
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.M))
+    assert "argparse" in imported and not {"torch._C", "torch", "numpy", "sentencepiece", "tqdm"} & imported
+
+
+def test_a_missing_package_is_named():
+    """Outside the virtual environment the line must say what to do; lazily, it once was an AttributeError of None."""
+    command = [sys.executable, "-S", "lastmile.py", "--help"]  # -S: without site-packages
+    done = subprocess.run(command, cwd=lastmile.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "No module named 'torch'; install what lastmile needs: make setup" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -303,16 +878,19 @@ BAD = {  # command line: what the one line on stderr must say
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry"])
 @pytest.mark.parametrize("line", BAD)
-def test_bad_input(fresh_run, reward, line, tmp_path, monkeypatch, capsys):
-    """Exit code 2, one line that says what is wrong and what to do, and no folder left behind to stumble over."""
+def test_bad_input(fresh_run, reward, line, dry, tmp_path, monkeypatch, capsys):
+    """Exit code 2, one line that says what is wrong and what to do, and no folder left behind to stumble over. A dry
+    run finds the same: it is there to find it.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     shutil.copy(fresh_run.folder / "base/config.json", tmp_path / "empty")
     places = {"REWARD": reward, "EMPTY": tmp_path / "empty", "BASE": fresh_run.folder / "base"}
     before = contents(tmp_path)
-    assert exit_code(fresh_run, *(places.get(word, word) for word in line.split())) == 2
+    assert exit_code(fresh_run, *(places.get(word, word) for word in line.split()), *dry) == 2
     error = capsys.readouterr().err
     assert BAD[line] in error and error.count("\n") == 1 and error.endswith("\n"), error
     assert contents(tmp_path) == before

@@ -186,7 +186,7 @@ DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it 
     "missing tensor": (lambda c, t: t.pop(KEY), KEY),
     "extra tensor": (lambda c, t: t.update({KEY.replace(".1.", ".2."): torch.zeros(4, 32)}), "layers.2"),
     "other rank": (lambda c, t: t.update({KEY: torch.zeros(3, 32)}), KEY),
-    "other rank in the config": (lambda c, t: c.update(r=2), "another shape"),
+    "other rank in the config": (lambda c, t: c.update(r=2), "r 2 and lora_alpha 8.0 in the config"),
     "no rank": (lambda c, t: c.pop("r"), "'r'"),
     "dora": (lambda c, t: c.update(use_dora=True), "use_dora"),
     "rank pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
@@ -264,6 +264,31 @@ def test_scalar_heads_open_in_peft(run_folder, tmp_path):
             for length in (1, 10, 24):
                 logits = theirs(row[None, :length]).logits
                 torch.testing.assert_close(logits.item(), score[length - 1].item(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "revision"),
+    [
+        ("owner/name", "owner/name", None),
+        ("owner/name@v1.0", "owner/name", "v1.0"),
+        ("owner/name@refs/pr/3", "owner/name", "refs/pr/3"),
+        ("runs/toy/base", "runs/toy/base", None),
+        ("FOLDER@2", "FOLDER@2", None),  # one that is there: a name, not a revision
+    ],
+)
+@pytest.mark.parametrize("head", [None, "zero"])
+def test_the_base_is_named_as_peft_names_it(run_folder, tmp_path, base, name, revision, head):
+    """AutoPeftModel loads the base that the config names, at its revision: OWNER/NAME@REVISION is no name on the Hub,
+    so the two stand apart; the @ in a folder's name stays where it is.
+    """
+    peft = pytest.importorskip("peft")
+    (tmp_path / "folder@2").mkdir()
+    base, name = (text.replace("FOLDER", str(tmp_path / "folder")) for text in (base, name))
+    llama = with_adapters(model.load(run_folder / "base"), "policy", head=head)
+    llama.save_adapter("policy", tmp_path / "adapter", base)
+    config = peft.PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.base_model_name_or_path, config.revision) == (name, revision)
+    model.load(run_folder / "base").load_adapter("policy", tmp_path / "adapter", head=head is not None)
 
 
 def test_adapters_of_peft_open_here(run_folder, tmp_path):
