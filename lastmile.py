@@ -335,7 +335,8 @@ def open_base(settings, dtype=None):
         )
     ends = dict.fromkeys((*eos, tokenizer.eos))  # a template may end answers with a token of its own
     llama.recompute = getattr(settings, "grad_checkpoint", False)
-    llama.config, llama.hash = replace(llama.config, eos_token_id=tuple(ends)), model_hash(folder)
+    llama.config = replace(llama.config, eos_token_id=tuple(ends))
+    llama.hash = "" if settings.dry_run else model_hash(folder)
     return llama, tokenizer
 
 
@@ -347,15 +348,15 @@ COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spe
               "generation_config.json", "template.txt")  # fmt: skip
 
 
-def save_model(settings, llama, folder, quantization=None):
+def save_model(settings, llama, tokenizer, folder, quantization=None):
     """Write a whole model: weights, config, and what its base brought along to turn text into tokens."""
     model.save(llama, folder, quantization)
     base = base_folder(settings)
     for name in COMPANIONS:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if Path(settings.template).is_file():
-        shutil.copyfile(settings.template, folder / "template.txt")
+    if settings.template and tokenizer.own_eos:  # llama3 and chatml are found again by their tokens
+        (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")
 
 
 def prepare(settings, split, tokenizer, examples=0, append_eos=True):
@@ -755,7 +756,7 @@ def quantize(settings):
         calibration = [datum.prompt + datum.response for datum in rows]
         bar = lambda blocks: tqdm.tqdm(blocks, desc="quantize", unit="block", dynamic_ncols=True)  # noqa: E731
         described = model.quantize(llama, calibration, settings.group_size, settings.act_order, settings.damp, bar)
-        save_model(settings, llama, folder, described)
+        save_model(settings, llama, tokenizer, folder, described)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1065,13 +1066,13 @@ def answer(settings, text):
 def merge(settings):
     """Base and adapter as one fp16 Hugging Face folder, for tools that know no adapters and no GPTQ."""
     with stage_folder(settings, "merge") as folder:
-        llama, _ = open_base(settings, torch.float16)
+        llama, tokenizer = open_base(settings, torch.float16)
         llama.hash = ""  # an adapter trained over the 4-bit form may be folded into the model that this was made from
         llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
         if settings.dry_run:
             return plan(settings, llama, [], ["merged"])
         model.merge(llama, "merged")
-        save_model(settings, llama, folder)
+        save_model(settings, llama, tokenizer, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
