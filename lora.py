@@ -155,25 +155,32 @@ def load_adapter(module, name, folder, base_hash=""):
                 why = "adapter_model.bin is a pickle and never opened; save it again with a current PEFT"
             raise FileNotFoundError(f"{needed}: no such file; {why}")
     try:
-        config = json.loads(place.read_text(encoding="utf-8-sig"))
-        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
-        tensors = load_file(file)
-        ranks = {tensor.shape[:1] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
-        if (r,) not in ranks or not math.isfinite(alpha):
-            raise TypeError(
-                f"r {r} and lora_alpha {alpha} in the config, ranks {sorted(map(tuple, ranks))} in the file"
-            )
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SafetensorError) as error:
+        config, tensors = dict(json.loads(place.read_text(encoding="utf-8-sig"))), load_file(file)
+    except (ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
     trained_on = folder / "base.sha256"
     if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
         raise ValueError(f"{folder}: trained on another base model than this one; name that one, or train it again")
     for flag, plain in PLAIN.items():
-        if config.get(flag) not in (None, False, plain):
+        if config.get(flag) not in (None, plain):
             raise ValueError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
-    extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
+    if str(init := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(
+            f"{place}: init_lora_weights={init!r} has changed the base as well; save it as a plain LoRA by PEFT's "
+            f"save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    try:
+        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
+        ranks = {tensor.shape[:1] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+        if r < 1 or (r,) not in ranks or not math.isfinite(alpha):
+            raise TypeError(
+                f"r {r} and lora_alpha {alpha} in the config, ranks {sorted(map(tuple, ranks))} in the file"
+            )
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
+        extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{place}: unreadable adapter ({error!r}); train or fetch it again") from None
     if extra:
         raise ValueError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
     if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(r) instead of alpha / r
@@ -182,11 +189,11 @@ def load_adapter(module, name, folder, base_hash=""):
         add_adapter(module, name, r, alpha, targets, torch.Generator())
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
-    head = tensors.pop(f"{PREFIX}score.weight", None)
+    head = f"{PREFIX}score.weight"
     parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
-    wrong = set(tensors) ^ set(parameters)
+    wrong = (set(tensors) - {head}) ^ set(parameters)
     wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
-    wrong |= {key for key in tensors if not tensors[key].isfinite().all()}
+    wrong |= {key for key in tensors if not tensors[key].float().isfinite().all()}
     if wrong:
         raise ValueError(
             f"{file}: {len(wrong)} tensors are missing, extra, not finite or of another shape than this base needs, "
@@ -196,4 +203,4 @@ def load_adapter(module, name, folder, base_hash=""):
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
             parameter.requires_grad_(False)
-    return head
+    return tensors[head].float() if head in tensors else None

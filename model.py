@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, save_adapter
@@ -62,7 +63,11 @@ FAMILIES = {  # model_type: what transformers takes where a config.json of that 
     "llama": {"num_key_value_heads": None, "sliding_window": None},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
 }
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SIZES = dict.fromkeys(  # whole numbers and the most they may be, checked before anything is made of that size
+    ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+     "max_position_embeddings"), 1 << 24) | {"num_hidden_layers": 1000}  # fmt: skip
+ROPE_SCALING = {"factor": float, "low_freq_factor": float, "high_freq_factor": float,
+                "original_max_position_embeddings": int}  # fmt: skip
 
 
 def read_config(folder):
@@ -74,7 +79,7 @@ def read_config(folder):
             f"model of the Hub: --model OWNER/NAME"
         )
     raw = read_json(file)
-    if raw.get("model_type") not in FAMILIES:
+    if raw.get("model_type") not in tuple(FAMILIES):
         raise ValueError(
             f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads llama, and mistral without "
             f"sliding window"
@@ -87,6 +92,7 @@ def read_config(folder):
         )
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
+    check_positive(file, raw, (*SIZES, "rms_norm_eps", "rope_theta"))
     try:
         heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
         theta, scaling = read_rope(file, raw)
@@ -104,32 +110,37 @@ def read_config(folder):
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{file}: missing or malformed field: {error}; fetch the file again") from None
-    numbers = {name: value for name, value in asdict(config).items() if type(value) in (int, float)}
-    numbers.pop("bos_token_id", None)
-    most = {"num_hidden_layers": 1000, "rope_theta": 1e12}  # checked before anything is made of that size
-    for name, value in numbers.items():
-        if not 0 < value <= most.get(name, 1 << 24):
-            raise ValueError(
-                f"{file}: {name} is {value}, expected 1 to {most.get(name, 1 << 24)}; fetch the file again"
-            )
-    if heads % config.num_key_value_heads or config.head_dim % 2:
+    if heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
         raise ValueError(
             f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-            f"{config.num_key_value_heads}, or head_dim {config.head_dim} is odd; fetch the file again"
+            f"{config.num_key_value_heads}, or head_dim {config.head_dim} is odd or 0; fetch the file again"
         )
     return config
+
+
+def check_positive(file, raw, names):
+    """Refuse sizes and factors that are no numbers above 0 or too large; absent and null ones pass."""
+    for name in names:
+        value, most, kinds = raw.get(name), SIZES.get(name, 1e12), (int,) if name in SIZES else (int, float)
+        if value is not None and not (type(value) in kinds and 0 < value <= most):
+            kind = "whole number" if name in SIZES else "number"
+            raise ValueError(
+                f"{file}: {name} is {value!r:.40}, expected a {kind} above 0, at most {most}; fetch the file again"
+            )
 
 
 def read_rope(file, raw):
     """(theta, {} or Llama 3's scaling), in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    check_positive(file, found, ("rope_theta", *ROPE_SCALING))
     theta = found.get("rope_theta", raw.get("rope_theta", 10000.0))
     if raw.get("rope_theta", theta) != theta:
         raise ValueError(f"{file}: rope_theta {raw['rope_theta']}, but rope_parameters says {theta}; keep the true one")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model with 'default' or 'llama3'")
-    return float(theta), {name: float(found[name]) for name in ROPE_SCALING} if kind == "llama3" else {}
+    scaling = ROPE_SCALING.items() if kind == "llama3" else ()
+    return float(theta), {name: number(found[name]) for name, number in scaling}
 
 
 def read_eos(folder, raw):
@@ -489,19 +500,20 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     config = read_config(folder)
     tensors = read_tensors(folder, weights)
     packed = config.quantization
-    for name in [name for name in tensors if name.endswith(".qweight") and tensors[name].dim() == 2]:
-        if not packed:
-            raise ValueError(f"{folder}: {name} is 4-bit, but no quantization_config says how; fetch the model again")
-        if not packed["act_order"]:  # then a file may leave out the order of the groups
-            K = 8 * len(tensors[name])
-            order = torch.arange(K, dtype=torch.int32) // (packed["group_size"] if packed["group_size"] > 0 else K)
-            tensors.setdefault(name.replace(".qweight", ".g_idx"), order)
+    words = [name for name in tensors if name.endswith(".qweight")]
+    if words and not packed:
+        raise ValueError(f"{folder}: {words[0]} is 4-bit, but no quantization_config says how; fetch the model again")
+    if packed and not words:
+        raise ValueError(f"{folder}: quantization_config says 4-bit, but no tensor is; fetch the model again")
 
     def linear(name, K, N):
         if f"{name}.qweight" not in tensors:
             return nn.Linear(K, N, has_bias(config, name))
         if K % 8 or N % 8:
             raise ValueError(f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; take it unquantised")
+        if not packed["act_order"]:  # then a file may leave out the order of the groups
+            group_size = packed["group_size"] if packed["group_size"] > 0 else K
+            tensors.setdefault(f"{name}.g_idx", torch.arange(K, dtype=torch.int32, device="cpu") // group_size)
         bias = f"{name}.bias" in tensors or has_bias(config, name)
         return QuantLinear(K, N, packed["group_size"], bias, packed["zero_offset"])
 
@@ -561,29 +573,35 @@ def inspect_packed(llama, folder):
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
 
 
 def read_tensors(folder, weights=True):
     """{name: tensor} of a folder's safetensors files; without weights, empty tensors on the meta device."""
     files, weight_map = weight_files(folder)
-    tensors, place = {}, {}
+    tensors, places = {}, set()
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
-                    place[name], part = file.name, opened.get_slice(name)
+                    part = opened.get_slice(name)
+                    places.add((name, file.name))
                     tensors[name] = opened.get_tensor(name) if weights else torch.empty(
                         part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.bool), device="meta"
                     )  # fmt: skip
         except (SafetensorError, OSError) as error:
             problem = what_it_is(file) or f"not a readable safetensors file ({error})"
             raise ValueError(f"{file}: {problem}; fetch it again") from None
-    if weight_map and (wrong := weight_map.items() ^ place.items()):
+    if weight_map and (wrong := weight_map.items() ^ places):
         name = min(wrong)[0]
+        found = " and ".join(sorted(file for other, file in places if other == name))
         raise ValueError(
-            f"{folder}: tensor {name} should be in {weight_map.get(name, 'no file')} and is in "
-            f"{place.get(name, 'none')}; fetch the model again"
+            f"{folder}: tensor {name} should be in {weight_map.get(name, 'no file')} and is in {found or 'none'}; "
+            f"fetch the model again"
         )
     return tensors
 
@@ -591,9 +609,9 @@ def read_tensors(folder, weights=True):
 def weight_files(folder):
     """([file, ...], {tensor: its file's name} or None): model.safetensors, or an index's shards, or a lone file."""
     names = sorted(path.name for path in folder.iterdir())
-    files = [name for name in names if name.endswith(".safetensors")]
-    files = [name for name in files if not name.startswith(("consolidated", "adapter_"))]  # no parts of the model
-    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    ours = [name for name in names if not name.startswith(("consolidated", "adapter_"))]  # no parts of the model
+    files = [name for name in ours if name.endswith(".safetensors")]
+    indices = [name for name in ours if name.endswith(".safetensors.index.json")]
     if "model.safetensors" in files:
         return [folder / "model.safetensors"], None
     if indices:
@@ -671,6 +689,15 @@ def merge(llama, adapter, dtype=torch.float16):
     llama.to(dtype)
 
 
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps no (T, T) matrix, as kernels of CPU and GPU do; that of the meta device keeps several."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], is_causal=True)[0]
+        return function(*args, **(kwargs or {}))
+
+
 def kept_bytes(llama, B, T, adapter):
     """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, base and adapters apart.
 
@@ -689,7 +716,7 @@ def kept_bytes(llama, B, T, adapter):
         kept[t.untyped_storage()._cdata] = t  # once, however many operations share it
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter)
     del h
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in constant)

@@ -113,9 +113,10 @@ def read_quantize_config(found):
         return {}
     where = next(iter(found))
     for name, known, default in (("method", ("gptq",), "gptq"), ("format", ("gptq", "gptq_v2"), "gptq"),
-                                 ("bits", (4,), None)):  # fmt: skip
+                                 ("bits", (4,), None), ("act_order", (True, False), False),
+                                 ("sym", (True, False, None), None)):  # fmt: skip
         value, place = said.get(name, (default, where))
-        if value not in known or isinstance(value, bool):
+        if value not in known:
             raise ValueError(f"{place}: {name} {value!r} is not supported; {TAKE_ANOTHER}")
     group_size, place = said.get("group_size", (None, where))
     if type(group_size) is not int or group_size < -1 or group_size == 0:

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_quant import dense_twin
+from test_quant import dense_twin, packed_folder
 from torch.utils.checkpoint import checkpoint
 
 import lora
@@ -185,21 +186,50 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it so, what the message must say
     "missing tensor": (lambda c, t: t.pop(KEY), KEY),
     "extra tensor": (lambda c, t: t.update({KEY.replace(".1.", ".2."): torch.zeros(4, 32)}), "layers.2"),
+    "another layer's tensor": (lambda c, t: t.update({KEY.replace("up_proj.lora_A", "up_proj"): t[KEY] + 0}), "1 tens"),
     "other rank": (lambda c, t: t.update({KEY: torch.zeros(3, 32)}), KEY),
-    "other rank in the config": (lambda c, t: c.update(r=2), "r 2 and lora_alpha 8.0 in the config"),
+    "NaN": (
+        lambda c, t: t[KEY][0, :1].fill_(torch.nan),
+        f"not finite or of another shape than this base needs, first {KEY}",
+    ),
+    "infinity": (lambda c, t: t[KEY][3, -1:].fill_(-torch.inf), KEY),
+    "no prefix": (
+        lambda c, t: t.update({key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}),
+        "56 t",
+    ),
+    "adapter's name in a key": (lambda c, t: t.update({KEY.replace("A.", "A.default."): t.pop(KEY)}), "A.default."),
+    "other rank in the config": (lambda c, t: c.update(r=2), "r 2 and lora_alpha 8.0 in the config, ranks [(4,)] in"),
+    "10^12 ranks": (lambda c, t: c.update(r=10**12), "r 1000000000000 and"),
+    "modules_to_save of lists": (lambda c, t: c.update(modules_to_save=[["score"]]), "unreadable adapter"),
     "no rank": (lambda c, t: c.pop("r"), "'r'"),
-    "dora": (lambda c, t: c.update(use_dora=True), "use_dora"),
-    "rank pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 2}), "rank_pattern"),
-    "alpha pattern": (lambda c, t: c.update(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    "rank 0": (lambda c, t: c.update(r=0), "r 0"),
+    "endless rank": (lambda c, t: c.update(r=float("inf")), "infinity"),
+    "alpha of nothing": (lambda c, t: c.update(lora_alpha=float("nan")), "lora_alpha nan"),
+    "dora": (lambda c, t: c.update(use_dora=True), "use_dora=True"),
+    "rank pattern": (lambda c, t: c.update(rank_pattern={"q_proj": 2}), "rank_pattern={'q_proj': 2}"),
+    "alpha pattern": (lambda c, t: c.update(alpha_pattern={"q_proj": 2}), "alpha_pattern={'q_proj': 2}"),
+    "biases": (lambda c, t: c.update(bias="all"), "bias='all'"),
+    "biases of LoRA": (lambda c, t: c.update(lora_bias=True), "lora_bias=True"),
+    "some layers": (lambda c, t: c.update(layers_to_transform=[1]), "layers_to_transform=[1]"),
+    "the first layer": (lambda c, t: c.update(layers_to_transform=0), "layers_to_transform=0"),
+    "embeddings": (lambda c, t: c.update(modules_to_save=["embed_tokens"]), "modules_to_save=['embed_tokens']"),
+    "head": (lambda c, t: c.update(modules_to_save=["score", "lm_head"]), "modules_to_save=['lm_head']"),
+    "transposed": (lambda c, t: c.update(fan_in_fan_out=True), "fan_in_fan_out=True"),
+    "pissa": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
+    "olora": (lambda c, t: c.update(init_lora_weights="OLoRA"), "init_lora_weights='OLoRA'"),
+    "other method": (lambda c, t: (c.update(peft_type="IA3"), c.pop("r")), "peft_type='IA3'"),
     "fewer targets": (lambda c, t: c.update(target_modules=["q_proj"]), "extra"),
     "unknown target": (lambda c, t: c.update(target_modules=[*SEVEN, "w_proj"]), "w_proj"),
+    "a regex for targets": (lambda c, t: c.update(target_modules=r".*_proj"), "target_modules '.*_proj'"),
+    "no targets": (lambda c, t: c.update(target_modules=[]), "LoRA targets: none"),
+    "half a name": (lambda c, t: c.update(target_modules=["proj"]), "LoRA targets: proj: no such projection"),
 }
 
 
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE.keys())
 def test_adapters_that_do_not_fit_are_refused(run_folder, tmp_path, damage, message):
     """An adapter that fits in part would leave layers silently unadapted, one of another method would compute something
-    else. The message names the file and the cause.
+    else; PEFT itself loads several of these with a warning or none. The message names the file and the cause.
     """
     with_adapters(model.load(run_folder / "base"), "policy").save_adapter("policy", tmp_path, "base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -210,6 +240,46 @@ def test_adapters_that_do_not_fit_are_refused(run_folder, tmp_path, damage, mess
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         model.load(run_folder / "base").load_adapter("policy", tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "head, message",
+    [
+        (torch.full((1, 32), torch.nan), "not finite or of another shape"),
+        (torch.zeros(1, 31), "needs a score head of (1, 32)"),
+        (torch.zeros(2, 32), "needs a score head of (1, 32)"),
+        (torch.zeros(32), "needs a score head of (1, 32)"),
+    ],
+    ids=["NaN", "narrow", "two labels", "flat"],
+)
+def test_heads_that_do_not_fit_are_refused(run_folder, tmp_path, head, message):
+    """A reward of NaN, or of two numbers, would surface as a crash in the middle of PPO."""
+    with_adapters(model.load(run_folder / "base"), "reward", head="normal").save_adapter("reward", tmp_path, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.score.weight": head}, file)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        model.load(run_folder / "base").load_adapter("reward", tmp_path, head=True)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}", "[" * 100000], ids=lambda text: text[:2])
+def test_configs_that_are_no_adapters(run_folder, tmp_path, text):
+    """Valid JSON of another kind ends in one line too."""
+    llama = with_adapters(model.load(run_folder / "base"), "policy")
+    llama.save_adapter("policy", tmp_path, "base")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match="unreadable adapter") as error:
+        llama.load_adapter("again", tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_pickled_adapters_are_not_opened(run_folder, tmp_path):
+    """Old versions of PEFT wrote pickles, which can run code: the message says how to get a file that cannot."""
+    llama = with_adapters(model.load(run_folder / "base"), "policy")
+    llama.save_adapter("policy", tmp_path, "base")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin is a pickle and never opened; save it again"):
+        llama.load_adapter("again", tmp_path)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
@@ -291,15 +361,88 @@ def test_the_base_is_named_as_peft_names_it(run_folder, tmp_path, base, name, re
     model.load(run_folder / "base").load_adapter("policy", tmp_path / "adapter", head=head is not None)
 
 
-def test_adapters_of_peft_open_here(run_folder, tmp_path):
-    """The other way round: what peft writes, with all the keys of its config, computes the same in our model."""
+def peft_adapter(base, folder, name="LlamaForCausalLM", **config):
+    """A trained adapter over the base as PEFT makes and saves it. Returns PEFT's model."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=SEVEN, task_type="CAUSAL_LM", init_lora_weights=False)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(run_folder / "pretrain")
-    theirs = peft.get_peft_model(theirs, config)
-    theirs.save_pretrained(tmp_path)
+    theirs = getattr(transformers, name).from_pretrained(base, num_labels=1)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, **config)).eval()
+    train([parameter for key, parameter in theirs.named_parameters() if "lora_" in key])
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(target_modules=SEVEN),
+        dict(target_modules=SEVEN, use_rslora=True),
+        dict(target_modules=["self_attn.q_proj", "mlp.up_proj"]),
+        dict(target_modules=["model.layers.1.self_attn.v_proj", "q_proj"]),
+        dict(target_modules="all-linear"),
+        dict(target_modules=["v_proj"], init_lora_weights="gaussian", lora_dropout=0.1),
+    ],
+    ids=str,
+)
+def test_adapters_of_peft_open_here(run_folder, tmp_path, config):
+    """The other way round: what peft writes, with all the keys of its config, computes the same in our model, whether
+    it scales by alpha / r or alpha / sqrt(r), and names its targets in full or in part.
+    """
+    theirs = peft_adapter(run_folder / "pretrain", tmp_path, task_type="CAUSAL_LM", **config)
     llama = model.load(run_folder / "pretrain")
     llama.load_adapter("policy", tmp_path)
     with torch.no_grad():
-        ours = llama.logits(llama(TOKENS, "policy"))
+        ours, bare = llama.logits(llama(TOKENS, "policy")), llama.logits(llama(TOKENS))
         torch.testing.assert_close(theirs(TOKENS).logits, ours, rtol=1e-4, atol=1e-4)
+    assert (ours - bare).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_reward_models_of_peft_open_here(run_folder, tmp_path, dtype, tolerance, use_rslora):
+    """A one-label classifier, of the kind that TRL trains for rewards, judges here token by token; a head that was
+    saved in bf16 too, although heads are computed in fp32.
+    """
+    theirs = peft_adapter(
+        run_folder / "pretrain", tmp_path, "LlamaForSequenceClassification", task_type="SEQ_CLS",
+        target_modules=SEVEN, use_rslora=use_rslora,
+    )  # fmt: skip
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+    llama = model.load(run_folder / "pretrain")
+    llama.load_adapter("reward", tmp_path, head=True)
+    with torch.no_grad():
+        scores = llama.scalar(llama(TOKENS, "reward"), "reward")  # (B, T)
+        for row, score in zip(TOKENS, scores, strict=True):
+            for length in (1, 10, 24):
+                logits = theirs(row[None, :length]).logits.item()
+                torch.testing.assert_close(logits, score[length - 1].item(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "form", [dict(), dict(data="gptq_v2", act_order=True, z=None), dict(bias=True, z=None)], ids=str
+)
+def test_gradients_equal_pefts(tmp_path, form):
+    """The gradient of a real loss with respect to every adapter tensor, over packed weights, is PEFT's over the same
+    weights written out: the whole chain, 4-bit backward, adapters, attention and loss, against another implementation.
+    """
+    (tmp_path / "base").mkdir()
+    twin = packed_folder(tmp_path / "base", **form)
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(r=4, lora_alpha=8, target_modules=SEVEN, task_type="CAUSAL_LM"))
+    learning = {key: p for key, p in theirs.named_parameters() if "lora_" in key}
+    train(learning.values())
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # it looks for the base on the disk
+    llama = model.load(tmp_path / "base")
+    llama.load_adapter("policy", tmp_path / "adapter")
+    ours = {
+        f"base_model.model.{path}.default.weight": p for path, p in lora.adapter_parameters(llama, "policy").items()
+    }
+    assert set(ours) == set(learning) and len(ours) == 2 * 2 * 7
+    for parameter in ours.values():
+        parameter.requires_grad_(True)
+    theirs(TOKENS, labels=TOKENS).loss.backward()
+    logits = llama.logits(llama(TOKENS, "policy"))
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    for key, parameter in learning.items():
+        assert parameter.grad.norm() > 1e-3
+        assert (ours[key].grad - parameter.grad).norm() < 1e-3 * parameter.grad.norm()

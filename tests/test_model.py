@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_quant import damage_folder, packed_folder
 
 import model
 
@@ -25,14 +27,15 @@ def tokens_of(B, T, seed=0, V=64):
     return torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def theirs(**shape):
+def theirs(family="Llama", **shape):
     """A random Llama of transformers, its weights large enough that the logits differ by more than a tolerance."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    found = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE, initializer_range=0.3, **shape)).eval()
+    config = getattr(transformers, f"{family}Config")(**BASE | {"initializer_range": 0.3} | shape)
+    found = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in found.parameters():
-            if parameter.dim() == 1:  # norms: all ones would hide a norm that is left out
+            if parameter.dim() == 1:  # norms and biases: all ones, all zeros would hide one that is left out
                 parameter.uniform_(0.5, 1.5)
     return found
 
@@ -76,16 +79,70 @@ def test_logits_equal_transformers(tmp_path, shape, shard):
     torch.testing.assert_close(logits(model.load(tmp_path), tokens), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rope_parameters_of_transformers_5(tmp_path):
-    """transformers 5 moved rope_theta into rope_parameters; overlooked, the default 10000 would be taken in silence."""
-    reference, tokens = theirs(rope_theta=500.0), tokens_of(2, 12)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+FAMILIES = {
+    "Llama-2": dict(),
+    "TinyLlama": dict(hidden_size=64, head_dim=16, num_key_value_heads=2),
+    "Mistral": dict(family="Mistral", num_key_value_heads=2, rope_theta=1e6, sliding_window=None),
+    "Llama-3.x": dict(
+        num_key_value_heads=2, rope_theta=5e5, tie_word_embeddings=True, eos_token_id=[7, 8, 9], head_dim=16,
+        rope_scaling=LLAMA3 | {"original_max_position_embeddings": 64},  # of 8 frequencies 1 stays, 1 is mixed, 6 slow
+    ),
+    "SmolLM2": dict(
+        hidden_size=72, num_attention_heads=9, num_key_value_heads=3, rope_theta=1e5, tie_word_embeddings=True
+    ),
+    "attention bias": dict(attention_bias=True, num_key_value_heads=2),
+    "MLP bias": dict(mlp_bias=True),
+}  # fmt: skip
+
+
+def old_spelling(raw):
+    """config.json as transformers up to 4.55 wrote it."""
+    raw["torch_dtype"] = raw.pop("dtype")
+
+
+def new_spelling(raw):
+    """config.json as transformers 5 writes it: no rope_theta and no rope_scaling."""
+    scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
+    raw["rope_parameters"] = scaling | {"rope_theta": raw.pop("rope_theta")}
+
+
+@pytest.mark.parametrize("spell", [old_spelling, new_spelling])
+@pytest.mark.parametrize("shape", FAMILIES.values(), ids=FAMILIES.keys())
+def test_families_equal_transformers(tmp_path, shape, spell):
+    """Every family that shares the forward pass, in both spellings of its config: a field overlooked, rope_parameters
+    above all, takes a default in silence. 48 positions, at which each kind of rope differs from the others.
+    """
+    reference, tokens = theirs(**shape), tokens_of(2, 48)
     reference.save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), "rope_type": "default"}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert model.read_config(tmp_path).rope_theta == 500
+    damage_folder(tmp_path, lambda config, tensors: spell(config))
+    llama = model.load(tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(logits(model.load(tmp_path), tokens), reference(tokens).logits, rtol=1e-4, atol=1e-4)
+        expected = reference(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits(llama, tokens), expected, rtol=1e-4, atol=1e-4)
+    eos = shape.get("eos_token_id", 2)
+    assert llama.config.eos_token_id == (tuple(eos) if isinstance(eos, list) else (eos,))
+    if llama.config.rope_scaling or llama.config.rope_theta != 10000:  # would the test notice their absence?
+        llama.config = model.LlamaConfig(**asdict(llama.config) | {"rope_scaling": {}, "rope_theta": 10000.0})
+        assert (logits(llama, tokens) - expected).abs().max() > 0.1
+    if "rope_scaling" in shape:
+        llama.config = model.LlamaConfig(**asdict(llama.config) | {"rope_theta": shape["rope_theta"]})
+        assert (logits(llama, tokens) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("factor, D", [(8.0, 128), (32.0, 64)], ids=["3.1", "3.2"])
+def test_llama_3_frequencies(factor, D):
+    """The constants of the real checkpoints, against the function of transformers: three regimes of frequencies."""
+    transformers = pytest.importorskip("transformers")
+    scaling = LLAMA3 | {"factor": factor, "original_max_position_embeddings": 8192}
+    shape = dict(head_dim=D, rope_theta=5e5, max_position_embeddings=131072)
+    config = transformers.LlamaConfig(**BASE | shape, rope_scaling=scaling)
+    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    found = model.rope_frequency(ours(rope_scaling=scaling, **shape).config, "cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    plain = model.rope_frequency(ours(**shape).config, "cpu")
+    assert (found == plain).any() and (found < plain).any()
 
 
 @pytest.mark.parametrize("name", ["gq_10", "hfq_01_gptq", "hfq_11_gptq_v2"])
@@ -225,14 +282,127 @@ def test_sampling_stops_when_all_rows_have_ended():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# config.json
+
+PLAIN = BASE | dict(model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5)
+
+
+def config_of(folder, generation=None, **changes):
+    """read_config of a folder with these fields; a field of ... is left out."""
+    raw = {name: value for name, value in (PLAIN | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(raw))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return model.read_config(folder)
+
+
+def test_what_a_silent_config_means(tmp_path):
+    """Where a file is silent, transformers' defaults count, and they differ from family to family."""
+    config = config_of(tmp_path, num_key_value_heads=..., rms_norm_eps=...)
+    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
+    assert (config.rope_theta, config.eos_token_id, config.tie_word_embeddings) == (10000, (2,), False)
+    assert config_of(tmp_path, num_key_value_heads=None, head_dim=None) == config_of(tmp_path, num_key_value_heads=4)
+    mistral = dict(model_type="mistral", sliding_window=None, num_attention_heads=16)
+    assert config_of(tmp_path, **mistral, num_key_value_heads=...).num_key_value_heads == 8
+    assert config_of(tmp_path, **mistral, num_key_value_heads=None).num_key_value_heads == 16
+
+
+@pytest.mark.parametrize(
+    "config, generation, eos",
+    [
+        (2, None, (2,)),
+        (..., None, (2,)),
+        ([7, 8], None, (7, 8)),
+        (2, {}, (2,)),
+        (2, {"eos_token_id": 2}, (2,)),
+        (2, {"eos_token_id": [2, 7, 8]}, (2, 7, 8)),
+        ([7, 8], {"eos_token_id": 9}, (7, 8, 9)),
+        (None, {"eos_token_id": 9}, (9,)),
+        (5, {"eos_token_id": None}, (5,)),
+    ],
+    ids=str,
+)
+def test_every_eos_ends_an_output(tmp_path, config, generation, eos):
+    """Llama-3 instruct ends with <|eot_id|>, which only generation_config.json names: overlooked, no answer ends."""
+    assert config_of(tmp_path, generation, eos_token_id=config).eos_token_id == eos
+
+
+YARN, LINEAR = {"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor": 2.0}
+MISTRAL = dict(model_type="mistral")
+REFUSED = {  # what config.json says: the message
+    **{f"model_type {name!r}": (dict(model_type=name), f"model_type {name!r} is not supported")
+       for name in ("gpt2", "qwen3", "gemma", "", None, ["llama"], 7)},
+    "no model_type": (dict(model_type=...), "model_type None is not supported"),
+    "Mistral-7B-v0.1": (MISTRAL | dict(sliding_window=4096), "sliding_window 4096"),
+    "a Mistral that does not say": (MISTRAL, "sliding_window 4096"),
+    "two rope_theta": (dict(rope_theta=1e4, rope_parameters={"rope_theta": 5e5}), "rope_theta 10000.0, but rope_para"),
+    "yarn": (dict(rope_scaling=YARN), "rope type 'yarn'"),
+    "yarn of transformers 5": (dict(rope_parameters=YARN | {"rope_theta": 1e4}), "rope type 'yarn'"),
+    "linear": (dict(rope_scaling=LINEAR), "rope type 'linear'"),
+    "dynamic": (dict(rope_scaling=LINEAR | {"type": "dynamic"}), "rope type 'dynamic'"),
+    "longrope": (dict(rope_scaling={"type": "longrope", "long_factor": [1.0]}), "rope type 'longrope'"),
+    "half of llama3": (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    "llama3 of factor 0": (dict(rope_scaling=LLAMA3 | {"factor": 0}), "factor is 0"),
+    "rope_scaling of text": (dict(rope_scaling="llama3"), "malformed"),
+    "gelu": (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    **{f"{name} {value!r}": ({name: value}, f"{name} is {value!r}")
+       for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+       for value in (0, -8, "8", True)},
+    "half a head": (dict(num_key_value_heads=0.5), "num_key_value_heads is 0.5, expected a whole number"),
+    "2^70 words": (dict(vocab_size=2**70), "vocab_size is 1180591620717411303424"),
+    "endless": (dict(rope_theta=float("inf")), "rope_theta is inf"),
+    "no number": (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+    "null width": (dict(hidden_size=None), "malformed"),
+    "more heads than width": (dict(num_attention_heads=64), "head_dim 0"),
+    "odd heads": (dict(head_dim=7), "head_dim 7"),
+    "heads that do not divide": (dict(num_key_value_heads=3), "num_key_value_heads 3"),
+    "no eos": (dict(eos_token_id=None), "eos_token_id [] is no token"),
+    "eos of text": (dict(eos_token_id="</s>"), "eos_token_id ['</s>'] is no token"),
+    "empty eos": (dict(eos_token_id=[]), "eos_token_id [] is no token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
+def test_configs_that_need_other_maths_are_refused(tmp_path, changes, message):
+    """What is not computed is named, and so is what cannot be: never a default in its place, never a traceback."""
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        config_of(tmp_path, **changes)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_eos_null_everywhere_is_refused(tmp_path):
+    """Without an end every sample runs to the cap, and PPO learns from cut texts."""
+    with pytest.raises(ValueError, match="is no token; set it to the id"):
+        config_of(tmp_path, {"eos_token_id": None}, eos_token_id=None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100000, "\xff"], ids=lambda text: repr(text[:3]))
+def test_configs_that_are_no_object(tmp_path, text):
+    """An empty, torn or foreign file is named."""
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="fetch the file again") as error:
+        model.read_config(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_byte_order_mark(tmp_path):
+    """Some editors on Windows put one before the first brace."""
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN), encoding="utf-8-sig")
+    assert model.read_config(tmp_path).num_key_value_heads == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Files
 
 
 def test_save_and_load_are_inverse(tmp_path):
     """Config and weights come back as they were; a config.json that lost a field would change the next load's maths."""
-    llama = ours(rope_theta=500.0, rms_norm_eps=0.1, eos_token_id=(2, 5))
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    llama = ours(rope_theta=500.0, rms_norm_eps=0.1, eos_token_id=(2, 5), rope_scaling=scaling, mlp_bias=True)
     model.save(llama, tmp_path)
     again = model.load(tmp_path)
+    assert type(again.config.rope_scaling["original_max_position_embeddings"]) is int  # else transformers warns
     assert again.config == llama.config and not any(p.requires_grad for p in again.parameters())
     assert all(torch.equal(a, b) for a, b in zip(llama.parameters(), again.parameters(), strict=True))
 
@@ -240,7 +410,9 @@ def test_save_and_load_are_inverse(tmp_path):
 def test_what_is_saved_opens_in_transformers(tmp_path):
     """Our files are Hugging Face's: other tools can read a base that was pretrained here."""
     transformers = pytest.importorskip("transformers")
-    llama, tokens = ours(head_dim=24, rope_theta=500.0), tokens_of(2, 12)
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    llama = ours(head_dim=24, rope_theta=500.0, rope_scaling=scaling, attention_bias=True, tie_word_embeddings=True)
+    tokens = tokens_of(2, 48)
     model.save(llama, tmp_path)
     with torch.no_grad():
         found = transformers.LlamaForCausalLM.from_pretrained(tmp_path)(tokens).logits
@@ -268,36 +440,39 @@ def test_redundant_tensors_are_passed_over(tmp_path):
 
 
 NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 DAMAGE = {  # what is wrong with a folder's (config, tensors): how to make it so, what the message must say
     "missing tensor": (lambda c, t: t.pop(UP), f"{UP} is missing"),
     "extra tensor": (lambda c, t: t.update({"model.layers.2.x": torch.ones(2)}), "model.layers.2.x is not part"),
     "other shape": (lambda c, t: t.update({NORM: torch.ones(31)}), f"{NORM} is of shape (31,), expected (32,)"),
+    "whole numbers": (lambda c, t: t.update({NORM: torch.ones(32).int()}), f"{NORM} is of type torch.int32"),
+    "64-bit floats": (lambda c, t: t.update({NORM: torch.ones(32).double()}), f"{NORM} is of type torch.float64"),
+    "8-bit floats": (
+        lambda c, t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), f"{UP} is of type torch.float8_e4m3fn"
+    ),
     "bias": (lambda c, t: t.update({UP.replace("weight", "bias"): torch.ones(48)}), "up_proj.bias is not part"),
+    "no bias": (lambda c, t: c.update(attention_bias=True), "self_attn.k_proj.bias is missing"),
     "4 bits without a word": (lambda c, t: t.update({UP.replace("weight", "qweight"): torch.ones(4, 48)}), "qweight"),
-    "other family": (lambda c, t: c.update(model_type="mistral"), "'mistral'"),
-    "awq": (lambda c, t: c.update(quantization_config=AWQ), "'awq'"),
-    "8 bits": (lambda c, t: c.update(quantization_config=AWQ | {"quant_method": "gptq", "bits": 8}), "8 bits"),
-    "attention bias": (lambda c, t: c.update(attention_bias=True), "attention_bias"),
-    "rope scaling": (lambda c, t: c.update(rope_scaling={"type": "linear", "factor": 2.0}), "'linear'"),
-    "other activation": (lambda c, t: c.update(hidden_act="gelu"), "'gelu'"),
+    "untied without a head": (lambda c, t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+    "fewer layers": (lambda c, t: c.update(num_hidden_layers=1), "model.layers.1.input_layernorm.weight is not part"),
+    "more layers": (lambda c, t: c.update(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
+    "10^9 layers": (lambda c, t: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected"),
+    "other vocabulary": (lambda c, t: c.update(vocab_size=65), "lm_head.weight is of shape (64, 32), expected"),
+    "other family": (lambda c, t: c.update(model_type="qwen3"), "'qwen3'"),
     "no width": (lambda c, t: c.pop("hidden_size"), "hidden_size"),
-    "heads that do not divide": (lambda c, t: c.update(num_key_value_heads=3), "num_key_value_heads 3"),
-}
+    "bitsandbytes": (lambda c, t: c.update(quantization_config={"load_in_4bit": True}), "bitsandbytes"),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "headers"])
 @pytest.mark.parametrize("damage, message", DAMAGE.values(), ids=DAMAGE.keys())
-def test_folders_that_do_not_fit_are_refused(tmp_path, damage, message):
+def test_folders_that_do_not_fit_are_refused(tmp_path, damage, message, weights):
     """A model that loads in part, or that needs maths we do not have, would run and be wrong. The message names the
-    folder and the cause.
+    folder and the cause, and a dry run says the same.
     """
     model.save(ours(), tmp_path)
-    config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
-    damage(config, tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
+    damage_folder(tmp_path, damage)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        model.load(tmp_path)
+        model.load(tmp_path, weights=weights)
     assert str(tmp_path) in str(error.value)
 
 
@@ -313,6 +488,144 @@ def test_absent_files_are_named(tmp_path):
         model.load(tmp_path)
 
 
+def split(folder, name="model"):
+    """Two shards and an index in place of model.safetensors. Returns the index's path and its content."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = [f"{name}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {key: files[key > "model.layers.1"] for key in tensors}
+    for file in files:
+        save_file({key: tensors[key] for key in tensors if weight_map[key] == file}, folder / file)
+    index = folder / f"{name}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index, weight_map
+
+
+def lone(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def beside(folder, name):
+    save_file({"x": torch.ones(1)}, folder / name)
+
+
+LAYOUTS = {
+    "older AutoGPTQ": lambda folder: lone(folder, "gptq_model-4bit-128g.safetensors"),
+    "older AutoGPTQ's shards": lambda folder: split(folder, "gptq_model-4bit-128g"),
+    "shards": split,
+    "a shard without an index": lambda folder: lone(folder, "model-00001-of-00001.safetensors"),
+    "Meta's files beside": lambda folder: (split(folder), beside(folder, "consolidated.safetensors")),
+    "Meta's index beside": lambda folder: (
+        split(folder), (folder / "consolidated.safetensors.index.json").write_text("{}")
+    ),
+    "an adapter beside": lambda folder: beside(folder, "adapter_model.safetensors"),
+    "an adapter beside an odd name": lambda folder: (
+        lone(folder, "x.safetensors"), beside(folder, "adapter_model.safetensors")
+    ),
+    "an adapter beside shards": lambda folder: (split(folder), beside(folder, "adapter_model.safetensors")),
+    "pickles beside": lambda folder: (folder / "pytorch_model.bin").write_bytes(b"\x80"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arrange", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_files_are_found_however_they_are_called(tmp_path, arrange):
+    """The names of older quantisers, shards, and what else lies in a folder: adapters and Meta's files are no part."""
+    llama, tokens = ours(), tokens_of(2, 12)
+    model.save(llama, tmp_path)
+    arrange(tmp_path)
+    assert torch.equal(logits(model.load(tmp_path), tokens), logits(llama, tokens))
+
+
+def reindex(change):
+    """Damage that changes the index of two shards: a function of weight_map and of a tensor's name in the second."""
+
+    def damage(folder):
+        index, weight_map = split(folder)
+        index.write_text(json.dumps({"weight_map": change(weight_map, UP)}))
+
+    return damage
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS = {  # how to damage shards: the message
+    **{f"{shard!r}": (reindex(lambda m, name, shard=shard: m | {name: shard}), "is not the name of a safetensors file")
+       for shard in ("../x.safetensors", "/x.safetensors", "a\\b.safetensors", "C:\\x.safetensors", "a/b.safetensors",
+                     "pytorch_model.bin", "", "x.safetensors\n", 3, None, [FIRST], {})},
+    "absent shard": (lambda f: (split(f), (f / SECOND).unlink()), f"shard {SECOND} named in"),
+    "unknown shard": (reindex(lambda m, name: m | {name: "x.safetensors"}), "shard x.safetensors named in"),
+    "wrong shard": (reindex(lambda m, name: m | {name: FIRST}), f"{UP} should be in {FIRST} and is in {SECOND}"),
+    "not in the index": (reindex(lambda m, name: {k: m[k] for k in m if k != name}), f"{UP} should be in no file and"),
+    "in the index alone": (reindex(lambda m, name: m | {"x": FIRST}), f"x should be in {FIRST} and is in none"),
+    "in both": (lambda f: (split(f), save_file(load_file(f / FIRST) | {UP: torch.ones(48, 32)}, f / FIRST)),
+                f"{UP} should be in {SECOND} and is in {FIRST} and {SECOND}"),
+    "empty index": (reindex(lambda m, name: {}), "no weight_map"),
+    "a list": (reindex(lambda m, name: list(m)), "no weight_map"),
+    "no index": (lambda f: split(f)[0].unlink(), "2 safetensors files, no model.safetensors.index.json"),
+    "torn index": (lambda f: split(f)[0].write_text("{"), "not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, message", SHARDS.values(), ids=SHARDS.keys())
+def test_shards_that_do_not_fit_are_refused(tmp_path, damage, message):
+    """An index is a stranger's list of file names: it must name this folder's files and the tensors that are in them.
+    Followed blindly it reads any file of the disk, and a tensor that it omits would stay random.
+    """
+    model.save(ours(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)) as error:
+        model.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "files, remedy",
+    [
+        (["pytorch_model.bin"], "pickles can run code and are never opened"),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], "pickles can run code"),
+        (["gptq_model-4bit-128g.pt"], "pickles can run code"),
+        (["llama-2-7b-chat.Q4_K_M.gguf"], "GGUF is not read; take the model's safetensors version"),
+        (["consolidated.00.pth", "params.json"], "Meta's own files are laid out differently; take the Hugging Face"),
+        (["consolidated.safetensors"], "Meta's own files are laid out differently; take the Hugging Face"),
+        (["adapter_model.safetensors", "adapter_config.json"], "fetch the model's *.safetensors"),
+        ([], "fetch the model's *.safetensors"),
+    ],
+    ids=str,
+)
+def test_folders_without_safetensors_are_told_apart(tmp_path, files, remedy):
+    """Each other format that a folder may hold instead has its own way out. None of the files is opened."""
+    model.save(ours(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(FileNotFoundError, match=re.escape(remedy)) as error:
+        model.load(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: no *.safetensors among ")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3903000000\n"
+IMPOSTORS = {  # what the file begins with: what it is called
+    "git-lfs pointer": (POINTER, "is a git-lfs pointer"),
+    "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "is an HTML page"),
+    "bare web page": (b"\n <html><body>404</body></html>", "is an HTML page"),
+    "storage's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is an HTML page"),
+    "old pickle": (b"\x80\x02}q\x00.", "is a pickle"),
+    "new pickle": (b"PK\x03\x04archive/data.pkl", "is a pickle"),
+    "nothing": (b"", "not a readable safetensors file"),
+    "zeros": (bytes(1000), "not a readable safetensors file"),
+    "text": (b"Not Found", "not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "headers"])
+@pytest.mark.parametrize("content, message", IMPOSTORS.values(), ids=IMPOSTORS.keys())
+def test_files_that_are_something_else_are_called_so(tmp_path, content, message, weights):
+    """A clone without git-lfs, a log-in page saved as weights, a renamed pickle: the library says HeaderTooLarge."""
+    model.save(ours(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'model.safetensors'}: {message}")):
+        model.load(tmp_path, weights=weights)
+
+
 def test_missing_and_broken_shards_are_named(tmp_path):
     """A download that was cut off, before a shard or within one, is told from a wrong model."""
     theirs().save_pretrained(tmp_path, max_shard_size="20KB")
@@ -323,3 +636,147 @@ def test_missing_and_broken_shards_are_named(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=f"{shard.name} named in"):
         model.load(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Without weights: what a dry run loads
+
+BASES = {  # a base's folder and, where there is one, its reference
+    "dense": lambda folder: theirs(num_key_value_heads=2).save_pretrained(folder),
+    "dense, biases": lambda folder: theirs(attention_bias=True, mlp_bias=True).save_pretrained(folder),
+    "dense, tied": lambda folder: theirs(tie_word_embeddings=True).save_pretrained(folder),
+    "4-bit": lambda folder: packed_folder(folder, z=None, act_order=True),
+    "4-bit, biases": lambda folder: packed_folder(folder, "gptq_v2", bias=True),
+}
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES.keys())
+def test_headers_alone_make_the_model(tmp_path, monkeypatch, make):
+    """Names, types and shapes as in the model with its weights, on the meta device, and not one tensor is read: a dry
+    run over 140 GB takes a second.
+    """
+    make(tmp_path)
+    expected = model.load(tmp_path, dtype=torch.bfloat16)
+
+    class Headers:  # safe_open's stand-in, whose tensors cannot be read
+        def __init__(self, *args, **kwargs):
+            self.opened = real(*args, **kwargs)
+
+        def __enter__(self):
+            opened = self.opened.__enter__()
+            self.keys, self.get_slice = opened.keys, lambda name: Shape(opened.get_slice(name))
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+    class Shape:  # a slice's stand-in, of which nothing can be cut
+        def __init__(self, part):
+            self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
+
+    real = model.safe_open
+    monkeypatch.setattr(model, "safe_open", Headers)
+    with pytest.raises(AttributeError, match="get_tensor"):
+        model.load(tmp_path)
+    found = model.load(tmp_path, dtype=torch.bfloat16, weights=False)
+    assert found.config == expected.config
+    tensors = found.state_dict()
+    assert {name: (t.shape, t.dtype) for name, t in expected.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in tensors.items()
+    }
+    assert all(t.is_meta and not t.requires_grad for t in tensors.values())
+
+
+def kept_on_a_cpu(llama, tokens, adapter):
+    """Bytes of all that autograd keeps in a real pass, except parameters and buffers."""
+    constant = {t.untyped_storage().data_ptr() for t in (*llama.parameters(), *llama.buffers())}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        h = llama(tokens, adapter)
+    assert h.requires_grad
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in constant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES.keys())
+def test_kept_bytes_are_those_of_a_real_pass(tmp_path, make, dtype):
+    """The estimate that a dry run gives for activations, made without weights, is what a CPU keeps: equal to the byte
+    when this was written, 5 % are allowed. At 256 positions attention matrices would make it several times too large.
+    """
+    make(tmp_path)
+    real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
+    for llama in (real, meta):
+        for name in ("policy", "value"):
+            llama.add_adapter(name, 4, 8.0, ["q_proj", "v_proj", "down_proj"], torch.Generator().manual_seed(0))
+    sizes = {}
+    for B, T in ((1, 16), (2, 16), (2, 256)):
+        for adapter in ("policy", (("policy", B - 1), ("value", 1))):
+            found = model.kept_bytes(meta, B, T, adapter)
+            assert found == pytest.approx(kept_on_a_cpu(real, tokens_of(B, T), adapter), rel=0.05)
+            sizes[B, T, type(adapter)] = found
+    assert 0 < sizes[1, 16, str] < sizes[2, 16, str] < sizes[2, 256, str]
+
+
+def test_kept_bytes_with_recomputation(tmp_path):
+    """With --grad-checkpoint the most kept at a time is the inside of a block and what a real pass keeps beside it."""
+    theirs(num_hidden_layers=6).save_pretrained(tmp_path)
+    real, meta = model.load(tmp_path), model.load(tmp_path, weights=False)
+    for llama in (real, meta):
+        llama.add_adapter("policy", 4, 8.0, ["q_proj", "down_proj"], torch.Generator().manual_seed(0))
+    tokens = tokens_of(2, 64)
+    inside = kept_on_a_cpu(real, tokens, "policy") // 6
+    real.recompute = meta.recompute = True
+    expected = inside + kept_on_a_cpu(real, tokens, "policy")
+    assert model.kept_bytes(meta, 2, 64, "policy") == pytest.approx(expected, rel=0.15)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Merging
+
+
+@pytest.mark.parametrize("make", BASES.values(), ids=BASES.keys())
+def test_merged_model_equals_base_and_adapter(tmp_path, make):
+    """The merged folder, read here and by transformers, computes what base and adapter do, but for the rounding of its
+    weights to fp16, and without that rounding exactly so; nothing of LoRA or 4 bits is left in it.
+    """
+    transformers, tokens = pytest.importorskip("transformers"), tokens_of(2, 24)
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    base.mkdir()
+    merged.mkdir()
+    make(base)
+    apart = model.load(base)
+    apart.add_adapter("policy", 4, 8.0, ["q_proj", "o_proj", "down_proj"], torch.Generator().manual_seed(0))
+    for parameter in apart.adapter_parameters("policy"):
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    apart.save_adapter("policy", tmp_path / "adapter", "base")
+    llama = model.load(base, dtype=torch.float16)
+    llama.load_adapter("policy", tmp_path / "adapter")
+    llama.add_adapter("other", 4, 8.0, ["k_proj"], torch.Generator())
+    model.merge(llama, "policy")
+    model.save(llama, merged)
+    expected, bare = logits(apart, tokens, "policy"), logits(apart, tokens)
+    found = logits(model.load(merged), tokens)
+    assert (expected - bare).abs().max() > 0.5
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+    reference = transformers.LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tensors = load_file(merged / "model.safetensors")
+    assert set(tensors) == set(reference.state_dict()) - ({"lm_head.weight"} if llama.lm_head is None else set())
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    with torch.no_grad():
+        torch.testing.assert_close(reference(tokens).logits, found, rtol=1e-4, atol=1e-4)
+    model.merge(apart, "policy", torch.float32)
+    torch.testing.assert_close(logits(apart, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_weights_that_fit_no_fp16_are_refused(tmp_path):
+    """fp16 ends at 65,504; an infinite weight would be written without a word and answer NaN to everything."""
+    llama = ours()
+    llama.add_adapter("policy", 4, 8.0, ["up_proj"], torch.Generator().manual_seed(0))
+    llama.model.layers[1].mlp.up_proj.lora_B["policy"].data.fill_(1e6)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: a merged weight does not fit torch.float16"):
+        model.merge(llama, "policy")

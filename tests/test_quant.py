@@ -1,11 +1,15 @@
 """The 4-bit layout, its kernels, its backward, and the quantiser."""
 
+import json
+import re
 from collections import OrderedDict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save_file
 
 import model
 import quant
@@ -41,6 +45,66 @@ def hessian_of(x):
 
 def int32(word):
     return torch.tensor(word).to(torch.int32) if word < 2**31 else torch.tensor(word - 2**32).to(torch.int32)
+
+
+def words(nibbles, axis):
+    """A second packer, in numpy: eight numbers of 0..15 along an axis share an int32, the first in the lowest bits."""
+    eights = np.moveaxis(nibbles, axis, -1).astype(np.uint32)
+    eights = eights.reshape(*eights.shape[:-1], -1, 8) << np.arange(0, 32, 4, dtype=np.uint32)
+    return torch.from_numpy(np.moveaxis(eights.sum(-1, dtype=np.uint32).view(np.int32), -1, axis).copy())
+
+
+def packed_folder(folder, data="gptq", z=8, act_order=False, group_size=32, bias=False, scales=torch.float16,
+                  rest=torch.float16, g_idx=True, **said):  # fmt: skip
+    """Write a 4-bit Llama in any form there is, of random weights, and return its dense twin: transformers' Llama over
+    W = (q - z) s, the published formula. None of it is the engine's.
+
+    data: how the zero points are stored; z: the zero point, or None for one a group and column; rest: the dtype of what
+    is not packed; said: what quantization_config says beyond or against the truth, None to leave a key out.
+    """
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=64, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, attention_bias=bias, mlp_bias=bias, rms_norm_eps=1e-5)
+    torch.manual_seed(0)
+    rng, tensors = np.random.default_rng(0), {}
+    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False).eval()
+    for name, layer in twin.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(layer, nn.Linear):
+            N, K = layer.weight.shape
+            g = (rng.permutation(K) if act_order else np.arange(K)) // (K if group_size == -1 else group_size)
+            G, q = g.max() + 1, rng.integers(0, 16, (K, N))
+            zero = rng.integers(1, 16, (G, N)) if z is None else np.full((G, N), z)
+            s = torch.from_numpy(rng.uniform(0.02, 0.08, (G, N))).to(scales)
+            layer.weight.copy_(torch.from_numpy((q - zero[g]) * s.double().numpy()[g]).T)
+            tensors |= {f"{name}.qweight": words(q, 0), f"{name}.qzeros": words(zero - (data == "gptq"), 1)}
+            tensors |= {f"{name}.scales": s, **({f"{name}.g_idx": torch.from_numpy(g).int()} if g_idx else {})}
+    for name, parameter in twin.named_parameters():
+        if not name.endswith("proj.weight"):
+            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(0, 0.3)
+            tensors[name] = parameter.to(rest)
+            parameter.copy_(tensors[name])
+    found = dict(quant_method="gptq", bits=4, group_size=group_size, desc_act=act_order, sym=z is not None)
+    found = {key: value for key, value in (found | {"checkpoint_format": data} | said).items() if value is not None}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "quantization_config": found}))
+    save_file(tensors, folder / "model.safetensors")
+    return twin
+
+
+def damage_folder(folder, damage):
+    """Change a folder's (config, tensors)."""
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    damage(config, tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+
+
+def assert_same_logits(llama, twin):
+    tokens = torch.arange(3, 51).view(2, 24)
+    with torch.no_grad():
+        expected = twin(tokens).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(llama.logits(llama(tokens)), expected, rtol=1e-4, atol=1e-4)
 
 
 def dense_twin(folder):
@@ -130,6 +194,17 @@ def test_kernels_equal_dequantize(M, K, N, group_size, act_order, dtype, toleran
         y = quant.triton_matmul(x.to(device()), *on_device, zero_offset)
         assert y.dtype == dtype
         torch.testing.assert_close(y.cpu().float(), x.float() @ W, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_take_scales_of_any_float(dtype):
+    """Scales are fp16 as a rule and bf16 or fp32 in some files, and stay as they are."""
+    pytest.importorskip("triton")
+    qweight, qzeros, scales, g_idx = (tensor.to(device()) for tensor in random_packed(72, 40))
+    packed = qweight, qzeros, scales.to(dtype), g_idx
+    W, x = quant.dequantize(*packed, 1), torch.randn(3, 72, device=device())
+    assert torch.equal(quant.triton_dequantize(*packed, 1, torch.float32), W)
+    torch.testing.assert_close(quant.triton_matmul(x, *packed, 1), x @ W, rtol=1e-5, atol=1e-5)
 
 
 def test_kernel_takes_strided_rows():
@@ -301,6 +376,323 @@ def test_quantised_folder_equals_its_dense_twin(run_folder):
     assert sum(isinstance(m, quant.QuantLinear) for m in packed.modules()) == 2 * 7  # all projections of two blocks
     tokens = torch.arange(3, 51).view(2, 24)
     torch.testing.assert_close(packed.logits(packed(tokens)), dense.logits(dense(tokens)), rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_biases_survive(tmp_path):
+    """A model with biases is quantised, saved and read with them: left out, every layer would be off by a constant."""
+    llama = model.initialize(
+        model.LlamaConfig(64, 32, 48, 2, 4, 2, 8, attention_bias=True, mlp_bias=True), torch.Generator().manual_seed(0)
+    ).requires_grad_(False)
+    for name, parameter in llama.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    said = model.quantize(llama, [list(range(3, 60))], group_size=16)
+    model.save(llama, tmp_path, said)
+    again, tokens = model.load(tmp_path), torch.arange(3, 51).view(2, 24)
+    assert sum(name.endswith("bias") for name in load_file(tmp_path / "model.safetensors")) == 2 * 7
+    torch.testing.assert_close(again.logits(again(tokens)), llama.logits(llama(tokens)), rtol=1e-5, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of others: every form of the tensors
+
+FORMS = {
+    "v1": dict(),
+    "v2": dict(data="gptq_v2"),
+    "v1, zero points differ": dict(z=None),
+    "v2, zero points differ": dict(z=None, data="gptq_v2"),
+    "v1, act-order": dict(act_order=True),
+    "v2, act-order, zero points differ": dict(act_order=True, z=None, data="gptq_v2"),
+    "v2, a zero point of 15": dict(z=15, data="gptq_v2", sym=False),
+    "v2, a zero point of 0": dict(z=0, data="gptq_v2", sym=False),
+    "one group": dict(group_size=-1),
+    "one group, act-order": dict(group_size=-1, act_order=True, z=None),
+    "groups of 64": dict(group_size=64, z=None),
+    "groups of 64, act-order": dict(group_size=64, act_order=True, z=None),
+    "groups of 128": dict(group_size=128, z=None),
+    "groups wider than the layer": dict(group_size=1024, z=None),
+    "groups that fill no word": dict(group_size=12, z=None),
+    "biases": dict(bias=True, z=None),
+    "bf16 scales": dict(scales=torch.bfloat16, z=None),
+    "fp32 scales": dict(scales=torch.float32, data="gptq_v2"),
+    "bf16 rest": dict(rest=torch.bfloat16, bias=True),
+    "fp32 rest": dict(rest=torch.float32, scales=torch.bfloat16),
+    "no g_idx": dict(g_idx=False, z=None),
+    "no g_idx, no desc_act": dict(g_idx=False, z=None, desc_act=None),
+    "no g_idx, one group": dict(g_idx=False, z=None, group_size=-1),
+    "no g_idx, groups wider than the layer": dict(g_idx=False, group_size=1024),
+    "act-order that nobody mentions": dict(act_order=True, z=None, desc_act=False),
+    "no label": dict(checkpoint_format=None),
+    "no sym": dict(z=None, sym=None),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_packed_folders_equal_the_published_formula(tmp_path, capsys, form):
+    """Whatever a quantiser may write, in two layers of which one ends in a short group, gives the logits of the formula
+    and no warning: each of these forms is in the wild, and each loads as easily into nonsense.
+    """
+    twin = packed_folder(tmp_path, **form)
+    assert_same_logits(model.load(tmp_path), twin)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("sym", [True, None], ids=["sym", "sym not said"])
+@pytest.mark.parametrize("data, label, read", [("gptq_v2", "gptq", "gptq_v2"), ("gptq", "gptq_v2", "gptq"),
+                                               ("gptq_v2", None, "gptq_v2")])  # fmt: skip
+def test_mislabelled_files_are_read_by_their_zero_points(tmp_path, capsys, data, label, read, sym):
+    """All 8 under "gptq", or all 7 under "gptq_v2", is the other version (vllm issue 38966): read by the label, every
+    weight is one step off and the model babbles. One line says so.
+    """
+    twin = packed_folder(tmp_path, data, checkpoint_format=label, sym=sym)
+    assert_same_logits(model.load(tmp_path), twin)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and f"{tmp_path}: labelled {label or 'gptq'}" in warning
+    assert f"those of {read};" in warning
+
+
+def test_the_label_decides_where_sym_is_false(tmp_path, capsys):
+    """Zero points that are all 9 are odd, but no contradiction in a checkpoint that calls itself asymmetric."""
+    twin = packed_folder(tmp_path, "gptq", z=9, sym=False)  # stored: 8 everywhere
+    assert_same_logits(model.load(tmp_path), twin)
+    assert capsys.readouterr().err == ""
+
+
+def test_sym_with_zero_points_that_differ_is_a_warning(tmp_path, capsys):
+    """The zero points are there and are read; that the config calls them symmetric is worth a line."""
+    twin = packed_folder(tmp_path, z=None, sym=True)
+    assert_same_logits(model.load(tmp_path), twin)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "sym is true, but the zero points differ" in warning
+
+
+def test_a_stored_15_of_version_1_is_refused(tmp_path):
+    """It stands for 16 to some programs and for 0 to others (carry and all): no reading of it is safe."""
+    packed_folder(tmp_path, z=16, sym=False)
+    with pytest.raises(ValueError, match="zero point of version 1 is 15") as error:
+        model.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+UP = "model.layers.1.mlp.up_proj"
+SPOILT = {  # what is wrong with a 4-bit folder's (config, tensors): how to make it so, what the message must say
+    "float groups": (lambda c, t: t.update({f"{UP}.g_idx": torch.zeros(64)}), f"{UP}.g_idx is of type torch.float32"),
+    "short groups": (lambda c, t: t.update({f"{UP}.g_idx": torch.zeros(63).int()}), f"{UP}.g_idx is of shape (63,)"),
+    "no groups": (lambda c, t: (t.pop(f"{UP}.g_idx"), c["quantization_config"].update(desc_act=True)), f"{UP}.g_idx"),
+    "64-bit words": (lambda c, t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].long()}), f"{UP}.qweight is of type"),
+    "short words": (lambda c, t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:7]}), f"{UP}.qweight is of shape (7,"),
+    "flat words": (lambda c, t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][0]}), f"{UP}.qweight is of shape (176,"),
+    "narrow words": (lambda c, t: t.update({f"{UP}.qweight": torch.zeros(8, 168).int()}), f"{UP}.qweight is of shape"),
+    "fewer zero points": (lambda c, t: t.update({f"{UP}.qzeros": t[f"{UP}.qzeros"][:1]}), f"{UP}.qzeros is of shape"),
+    "float zero points": (lambda c, t: t.update({f"{UP}.qzeros": torch.zeros(2, 22)}), f"{UP}.qzeros is of type"),
+    "no zero points": (lambda c, t: t.pop(f"{UP}.qzeros"), f"{UP}.qzeros is missing"),
+    "more scales": (lambda c, t: t.update({f"{UP}.scales": torch.ones(4, 176)}), f"{UP}.scales is of shape (4, 176)"),
+    "int scales": (lambda c, t: t.update({f"{UP}.scales": torch.ones(2, 176).int()}), f"{UP}.scales is of type"),
+    "other groups": (lambda c, t: c["quantization_config"].update(group_size=16), "is of shape"),
+    "packed and dense": (lambda c, t: t.update({f"{UP}.weight": torch.ones(176, 64)}), f"{UP}.weight is not part"),
+    "a packed head": (lambda c, t: t.update({"lm_head.qweight": torch.ones(8, 64).int()}), "lm_head.qweight is not"),
+    "no word of 4 bits": (lambda c, t: c.pop("quantization_config"), "qweight is 4-bit, but no quantization_config"),
+    "4 bits, no tensor": (lambda c, t: [t.pop(n) for n in list(t) if "proj" in n], "says 4-bit, but no tensor is"),
+}
+SPOILT_NUMBERS = {
+    "group out of range": (lambda c, t: t[f"{UP}.g_idx"].fill_(2), f"{UP}.g_idx: groups 2 to 2, expected 0 to 1"),
+    "negative group": (lambda c, t: t[f"{UP}.g_idx"].fill_(-1), f"{UP}.g_idx: groups -1 to -1"),
+    "NaN scales": (lambda c, t: t[f"{UP}.scales"][1].fill_(torch.nan), f"{UP}.scales: not finite"),
+    "infinite scales": (lambda c, t: t[f"{UP}.scales"][0, :1].fill_(torch.inf), f"{UP}.scales: not finite"),
+    "zero scales": (lambda c, t: t[f"{UP}.scales"].zero_(), f"{UP}.scales: not finite, or all 0"),
+    "biases that no config declares": (lambda c, t: t.update({f"{UP}.bias": torch.ones(176)}), f"{UP}.bias is not 0"),
+}
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["weights", "headers"])
+@pytest.mark.parametrize("damage, message", SPOILT.values(), ids=SPOILT.keys())
+def test_packed_folders_that_do_not_fit_are_refused(tmp_path, damage, message, weights):
+    """A tensor of another shape or type is named before anything is computed, by a dry run from the headers alone."""
+    packed_folder(tmp_path)
+    damage_folder(tmp_path, damage)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        model.load(tmp_path, weights=weights)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("damage, message", SPOILT_NUMBERS.values(), ids=SPOILT_NUMBERS.keys())
+def test_packed_numbers_that_are_nonsense_are_refused(tmp_path, damage, message):
+    """Groups that are read out of bounds, scales that are no number: what a torn download or a bad quantiser leaves."""
+    packed_folder(tmp_path)
+    damage_folder(tmp_path, damage)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        model.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_zero_biases_of_old_quantisers_are_passed_over(tmp_path):
+    """Some versions of AutoGPTQ wrote a bias of zeros to every layer: no bias, and no reason to refuse."""
+    twin = packed_folder(tmp_path)
+    damage_folder(tmp_path, lambda c, t: t.update({f"{UP}.bias": torch.zeros(176).half()}))
+    llama = model.load(tmp_path)
+    assert_same_logits(llama, twin)
+    assert llama.get_submodule(UP).base.bias is None
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_stay_as_they_are(tmp_path, scales):
+    """A model loaded in bf16 keeps the file's scales: bf16 has three bits less than fp16, for a whole group."""
+    packed_folder(tmp_path, scales=scales)
+    llama, tensors = model.load(tmp_path, dtype=torch.bfloat16), load_file(tmp_path / "model.safetensors")
+    assert llama.model.norm.weight.dtype == torch.bfloat16
+    found = llama.get_submodule(UP).base.scales
+    assert found.dtype == scales and torch.equal(found, tensors[f"{UP}.scales"])
+
+
+def test_layers_left_dense_among_packed_ones(tmp_path):
+    """A quantiser may skip layers; these are read as they are."""
+    twin = packed_folder(tmp_path)
+
+    def unpack(config, tensors):
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{UP}.{part}"]
+        tensors[f"{UP}.weight"] = twin.get_submodule(UP).weight.data
+
+    damage_folder(tmp_path, unpack)
+    assert_same_logits(model.load(tmp_path), twin)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of others: what their config files say
+
+LLAMA = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+PLACES = ["config.json", "quantize_config.json", "quant_config.json"]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+
+
+def read_settings(folder, said):
+    """What model.read_config makes of {file: the quantisation settings in it}."""
+    said = dict(said)
+    files = {
+        "config.json": LLAMA | {"model_type": "llama", "quantization_config": said.pop("config.json", None)}
+    } | said
+    for name, raw in files.items():
+        (folder / name).write_text(json.dumps(raw))
+    return model.read_config(folder).quantization
+
+
+DIALECTS = {
+    "AutoGPTQ": {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "static_groups": False,
+                 "sym": True, "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model"},
+    "transformers": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "quant_method": "gptq",
+                     "batch_size": 1, "dataset": ["wikitext2"], "exllama_config": {"version": 1}, "use_exllama": True,
+                     "modules_in_block_to_quantize": None, "tokenizer": None, "max_input_length": None},
+    "GPTQModel": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False, "method": "gptq",
+                  "quant_method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32",
+                  "dynamic": {}, "meta": {"quantizer": ["gptqmodel:7.7.0"], "damp_percent": 0.05}},
+    "gptq-triton": {"wbits": 4, "groupsize": 128},
+    "AutoAWQ's words": {"w_bit": 4, "q_group_size": 128, "method": "gptq", "format": "gptq"},
+    "not marlin": {"bits": 4, "group_size": 128, "sym": True, "is_marlin_format": False, "quant_method": "gptq"},
+    "capitals": {"bits": 4, "group_size": 128, "quant_method": "GPTQ", "checkpoint_format": "GPTQ"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("said", DIALECTS.values(), ids=DIALECTS.keys())
+def test_every_dialect_means_the_same(tmp_path, place, said):
+    """Each tool has words of its own for the settings and a file of its own for them, and all say more than is needed
+    to read the tensors.
+    """
+    expected = {"group_size": 128, "act_order": False, "sym": said.get("sym"), "zero_offset": 1}
+    assert read_settings(tmp_path, {place: said}) == expected
+
+
+def test_settings_that_change_the_reading_are_kept(tmp_path):
+    """Version, act-order and symmetry come from the files, and several files add up where they agree."""
+    said = {
+        "config.json": GPTQ | {"desc_act": True},
+        "quantize_config.json": {"bits": 4, "sym": False, "format": "gptq_v2"},
+    }
+    expected = {"group_size": 128, "act_order": True, "sym": False, "zero_offset": 0}
+    assert read_settings(tmp_path, said) == expected
+    assert model.read_config(tmp_path).quantization == expected
+
+
+DISAGREEMENTS = {
+    "group_size": ({"config.json": GPTQ, "quantize_config.json": {"bits": 4, "group_size": 32}},
+                   ["config.json (group_size) says 128", "quantize_config.json (group_size): 32"]),
+    "synonyms": ({"config.json": GPTQ, "quant_config.json": {"wbits": 4, "groupsize": 64}},
+                 ["config.json (group_size) says 128", "quant_config.json (groupsize): 64"]),
+    "one file": ({"config.json": GPTQ | {"format": "gptq", "checkpoint_format": "gptq_v2"}},
+                 ["config.json (format): 'gptq'", "config.json (checkpoint_format) says 'gptq_v2'"]),
+    "desc_act": ({"config.json": GPTQ | {"desc_act": True}, "quantize_config.json": {"bits": 4, "desc_act": False}},
+                 ["config.json (desc_act) says True", "quantize_config.json (desc_act): False"]),
+    "sym": ({"quant_config.json": {"sym": True}, "quantize_config.json": GPTQ | {"sym": False}},
+            ["quant_config.json (sym): True", "quantize_config.json (sym) says False"]),
+    "bits": ({"quant_config.json": {"w_bit": 8}, "config.json": GPTQ},
+             ["quant_config.json (w_bit): 8", "config.json (bits) says 4"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said, messages", DISAGREEMENTS.values(), ids=DISAGREEMENTS.keys())
+def test_files_that_disagree_are_refused(tmp_path, said, messages):
+    """Either could be the stale one, and the wrong one loads into nonsense: the message has both values and places."""
+    with pytest.raises(ValueError) as error:
+        read_settings(tmp_path, said)
+    for message in messages:
+        file, rest = message.split(" ", 1)
+        assert f"{tmp_path / file} {rest}" in str(error.value)
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+UNREADABLE = {  # settings, and what the message must say
+    **{f"{bits} bits": (GPTQ | {"bits": bits}, f"config.json (bits): bits {bits} is not") for bits in (2, 3, 5, 8)},
+    "bits of text": (GPTQ | {"bits": "4"}, "config.json (bits): bits '4' is not"),
+    "no bits": ({"quant_method": "gptq", "group_size": 128}, "config.json: bits None is not"),
+    "awq": (AWQ, "config.json: awq is not"),
+    "awq, bare": ({"quant_method": "awq", "bits": 4}, "config.json (quant_method): method 'awq' is not"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_8bit": False}, "method 'bitsandbytes' is not"),
+    "bitsandbytes, 4 bits": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "config.json: bitsandbytes is not"),
+    "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, ".json: bitsandbytes is not"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+                           "method 'compressed-tensors' is not"),
+    "fp8": ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "method 'fp8' is not"),
+    "marlin, method": (GPTQ | {"quant_method": "marlin"}, "config.json (quant_method): method 'marlin' is not"),
+    "marlin, flag": (GPTQ | {"is_marlin_format": True}, "config.json (is_marlin_format): marlin is another layout"),
+    "marlin, format": (GPTQ | {"checkpoint_format": "marlin"}, "(checkpoint_format): format 'marlin' is not"),
+    "bitblas": (GPTQ | {"format": "bitblas"}, "config.json (format): format 'bitblas' is not"),
+    "packed head": (GPTQ | {"lm_head": True}, "config.json (lm_head): True is not"),
+    "dynamic": (GPTQ | {"dynamic": {"-:.*up_proj": {}}}, "config.json (dynamic): {'-:.*up_proj': {}} is not"),
+    "64-bit words": (GPTQ | {"pack_dtype": "int64"}, "config.json (pack_dtype): 'int64' is not"),
+    "desc_act of text": (GPTQ | {"desc_act": "false"}, "config.json (desc_act): act_order 'false' is not"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said, message", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_other_quantisations_are_refused_by_name(tmp_path, said, message):
+    """Their tensors bear other names at best and the same names at worst; the message says what it is, where that was
+    said, and what to take instead.
+    """
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_settings(tmp_path, {"config.json": said})
+    assert str(tmp_path) in str(error.value) and quant.TAKE_ANOTHER in str(error.value)
+
+
+def test_autoawqs_file_is_refused_by_name(tmp_path):
+    """AutoAWQ's quant_config.json says nowhere that it is AWQ, and shares the words of GPTQ for bits and groups."""
+    with pytest.raises(ValueError, match=r"quant_config.json: awq is not .*take a 4-bit GPTQ"):
+        said = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+        read_settings(tmp_path, {"quant_config.json": said})
+
+
+@pytest.mark.parametrize("group_size", [0, -2, None, 128.0, "128", True], ids=repr)
+def test_group_sizes_that_are_none(tmp_path, group_size):
+    """-1 and positive numbers are sizes; nothing is guessed for the rest."""
+    with pytest.raises(ValueError, match=re.escape(f"group_size {group_size!r} must be")) as error:
+        read_settings(tmp_path, {"config.json": GPTQ | {"group_size": group_size}})
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize("said", [[4, 128], "gptq", 4], ids=str)
+def test_settings_that_are_no_object(tmp_path, said):
+    """A quantization_config of another type is a broken file and not an unquantised model."""
+    with pytest.raises(ValueError, match="config.json"):
+        read_settings(tmp_path, {"config.json": said})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
