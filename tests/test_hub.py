@@ -252,7 +252,7 @@ def test_the_token(hub, tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_model_of_the_hub_leaves(hub, tmp_path):
-    """Adapters name their base as it was typed; a merged model has its tokenizer and ends, with few look-ups for it."""
+    """Adapters name their base as it was typed; a merged model has its tokenizer, ends and prompt, with few look-ups."""
     (tmp_path / "here/rows.csv").write_bytes(sheet(ROWS))
     flags = ["--data", "rows.csv", "--template", "plain", "--output-dir", "out", "--model", "owner/tiny"]
     assert lastmile.main(["mle", "--max-steps", "1", *flags]) == 0
@@ -262,7 +262,7 @@ def test_what_a_model_of_the_hub_leaves(hub, tmp_path):
     assert lastmile.main(["merge", "--adapter", "mle", *flags]) == 0
     assert not files_asked(hub) and len(hub.requests) <= 4  # a look-up of ours and one of the library's, twice
     names = {path.name for path in (tmp_path / "here/out/merge").iterdir()}
-    assert names == {*WANTED, "settings.json"} - {"quantize_config.json"}
+    assert names == {*WANTED, "settings.json", "template.txt"} - {"quantize_config.json"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
