@@ -252,7 +252,7 @@ def test_the_token(hub, tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_model_of_the_hub_leaves(hub, tmp_path):
-    """Adapters name their base as it was typed; a merged model has its tokenizer, ends and prompt, with few look-ups."""
+    """Adapters name their base as it was typed; a merged model has its tokenizer, ends, prompt; few look-ups."""
     (tmp_path / "here/rows.csv").write_bytes(sheet(ROWS))
     flags = ["--data", "rows.csv", "--template", "plain", "--output-dir", "out", "--model", "owner/tiny"]
     assert lastmile.main(["mle", "--max-steps", "1", *flags]) == 0
