@@ -223,6 +223,7 @@ def read_rows(file):
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
             reader = csv.DictReader(lines, strict=True)
+            number = reader.line_num if reader.fieldnames else 0
             for row in reader:
                 number = reader.line_num
                 yield number, row

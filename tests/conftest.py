@@ -54,3 +54,14 @@ def fresh_run(run_folder, tmp_path):
 
     run.folder = folder
     return run
+
+
+@pytest.fixture(scope="session")
+def reward(run_folder, tmp_path_factory):
+    """A reward model trained for 30 steps, for all tests that need one."""
+    folder = tmp_path_factory.mktemp("reward")
+    flags = (
+        f"--model {run_folder}/base --output-dir {folder} --train-examples 28 --learning-rate 1e-2 --eval-examples 8"
+    )
+    assert lastmile.main(["reward", *flags.split(), "--max-steps", "30"]) == 0
+    return folder / "reward"

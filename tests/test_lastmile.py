@@ -20,17 +20,6 @@ import lastmile
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
 
-@pytest.fixture(scope="module")
-def reward(run_folder, tmp_path_factory):
-    """A reward model trained for 30 steps, for all tests that need one."""
-    folder = tmp_path_factory.mktemp("reward")
-    flags = (
-        f"--model {run_folder}/base --output-dir {folder} --train-examples 28 --learning-rate 1e-2 --eval-examples 8"
-    )
-    assert lastmile.main(["reward", *flags.split(), "--max-steps", "30"]) == 0
-    return folder / "reward"
-
-
 def exit_code(run, *arguments):
     """What the process would end with: argparse raises it, the stages return it."""
     try:
