@@ -35,6 +35,10 @@ lint:     ## ruff
 lint: .venv/dev
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
+sass:     ## instructions a weight of the 4-bit kernels compiled for a Hopper, against their goals; needs no GPU
+sass: .venv/dev
+	$(PY) tests/bench/sass.py
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages. Each depends on the files of those before it.
 
@@ -107,4 +111,4 @@ loc:      ## lines of the engine
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables fuzz faults setup loc clean
+.PHONY: help demo test lint sass base reward mle ppo eval tables fuzz faults setup loc clean

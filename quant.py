@@ -19,13 +19,15 @@ version 2 ("gptq_v2") stores z, so zero_offset is 0. Some files bear the wrong l
 
 `QuantLinear` is frozen. Its backward yields the gradient of the input only, from the packed tensors: a base that kept
 its dequantised weights for backward would not be a 4-bit base. On a CPU the weights are dequantised once and kept, the
-fastest there for models that fit. On a GPU a Triton kernel multiplies straight from the packed words when there are
-few rows (decoding); with many rows (training) it pays to dequantise into a scratch matrix and leave the product to
-cuBLAS.
+fastest there for models that fit. On a GPU the words are laid out anew (`Tiles`), and a Triton kernel multiplies
+straight from them when there are few rows (decoding); with many rows (training) it pays to dequantise into a scratch
+matrix and leave the product to cuBLAS.
 
 GPTQ: Frantar et al. 2023, arXiv 2210.17323. File format: AutoGPTQ, GPTQModel.
-Dimensions: M rows of x, K input width, N output width, G groups.
+Dimensions: M rows of x, K input width, N output width, G groups, T tiles of 128 rows, P columns of a tile.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -36,8 +38,6 @@ try:
     import triton.language as tl
 except ImportError:  # no Triton for this platform: everything but the GPU path works
     triton = None
-
-KERNEL_ROWS = 64  # up to here the packed kernel, above it dequantise and use cuBLAS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layout, in plain torch
@@ -150,75 +150,208 @@ def find_zero_offset(qzeros, claimed, sym):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The tiles, in plain torch
+
+
+class Tiles(NamedTuple):
+    """A layer as the kernels read it: T tiles of 128 rows and P columns, N and padding to a multiple of 128.
+
+    The rows are sorted by group, and groups padded, so that each slot of 32 rows, 4 to a tile, is of one group. A
+    column of a tile is 16 words side by side:
+
+        nibble j of word c is row 2c + j // 4 of slot j % 4
+
+    so that a shift and a mask leave two neighbours in the two halves of a word, where tensor cores want them.
+    Worked example: 1, 2, 3, 4 in the rows 0, 32, 64, 96 of a column and 5, 6, 7, 8 in the rows 1, 33, 65, 97 make its
+    first word 0x87654321.
+
+    A step is a scale in fp32 whose last five bits, 0 if it was fp16 or bf16, give way to the zero point z, 0 to 16.
+    """
+
+    words: torch.Tensor  # (T, P, 16) int32
+    steps: torch.Tensor  # (4 T / slots, P) int32: one for 4, 2 or 1 slots, groups of 128 rows or more, 64, 32
+    order: torch.Tensor  # (128 T,) int32: the row of W that lies here, K for padding
+    gather: bool  # whether that is anything but 0, 1, 2, ...: the columns of x must follow
+    K: int
+    N: int
+
+
+def to_tiles(qweight, qzeros, scales, g_idx, zero_offset):
+    """The tensors of a GPTQ layer -> Tiles."""
+    K, (G, N) = len(g_idx), scales.shape
+    count = g_idx.bincount(minlength=G)  # (G,) rows of each group
+    unit = next(unit for unit in (32, 64, 128) if unit >= min(int(count.max()), 128))  # rows that share a step
+    padded = -(-count // unit) * unit  # (G,)
+    T, P = -(-int(padded.sum()) // 128), -(-N // 128) * 128
+    row = g_idx.argsort(stable=True)  # (K,) the rows, group by group
+    shift = (padded - count).cumsum(0) - (padded - count)  # (G,) what was padded before each group
+    order = torch.full((128 * T,), K, dtype=torch.int32, device=row.device)
+    order[torch.arange(K, device=row.device) + shift[g_idx[row]]] = row.int()
+
+    q = F.pad(unpack_rows(qweight), (0, P - N, 0, 1))[order]  # (128 T, P)
+    q = q.view(T, 4, 16, 2, P).permute(0, 2, 3, 1, 4).flatten(0, 3)  # (128 T, P), by tile, word, half and slot
+    words = pack_rows(q).view(T, 16, P).transpose(1, 2).contiguous()  # (T, P, 16)
+    z = unpack_rows(qzeros.T.contiguous()).T + zero_offset  # (G, N)
+    steps = (scales.float().view(torch.int32) & -32) | z  # (G, N)
+    steps = F.pad(steps.repeat_interleave(padded // unit, 0), (0, P - N))  # (…, P)
+    steps = F.pad(steps, (0, 0, 0, 128 * T // unit - len(steps)))  # (4 T / slots, P)
+    return Tiles(words, steps, order, not torch.equal(order, torch.arange(K, device=row.device)), K, N)
+
+
+def from_tiles(tiles):
+    """The qweight (K/8, N) that went into `to_tiles`."""
+    T, P, _ = tiles.words.shape
+    q = unpack_rows(tiles.words.transpose(1, 2).flatten(0, 1))  # (128 T, P), by tile, word, half and slot
+    q = q.view(T, 16, 2, 4, P).permute(0, 3, 1, 2, 4).flatten(0, 3)  # (128 T, P), by tile, slot, word and half
+    position = tiles.order.argsort()[: tiles.K]  # (K,) where each row of W lies
+    return pack_rows(q[position, : tiles.N])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The Triton kernels
 
 if triton:
 
     @triton.jit
-    def _dequantize_tile(qweight, qzeros, scales, g_idx, k, n, K, N, zero_offset):
-        """The tile W[k, n] as float32. k (BLOCK_K,) and n (BLOCK_N,) are indices; out of range reads as 0."""
-        inside = (k < K)[:, None] & (n < N)[None, :]  # (BLOCK_K, BLOCK_N)
-        word = tl.load(qweight + (k // 8)[:, None] * N + n[None, :], mask=inside, other=0)
-        q = (word >> ((k % 8) * 4)[:, None]) & 15  # (BLOCK_K, BLOCK_N)
-        g = tl.load(g_idx + k, mask=k < K, other=0)[:, None]  # (BLOCK_K, 1)
-        word = tl.load(qzeros + g * (N // 8) + (n // 8)[None, :], mask=inside, other=0)
-        z = ((word >> ((n % 8) * 4)[None, :]) & 15) + zero_offset  # (BLOCK_K, BLOCK_N)
-        s = tl.load(scales + g * N + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        return (q - z).to(tl.float32) * s  # scale 0 outside: those weights are 0
-
-    @triton.jit
-    def _dequantize_kernel(
-        qweight, qzeros, scales, g_idx, out, K, N, zero_offset, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
-    ):
-        """out (K, N) = the dense weight, one tile a program."""
-        k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        w = _dequantize_tile(qweight, qzeros, scales, g_idx, k, n, K, N, zero_offset)
-        inside = (k < K)[:, None] & (n < N)[None, :]
-        tl.store(out + k[:, None].to(tl.int64) * N + n[None, :], w.to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
     def _matmul_kernel(
-        x, qweight, qzeros, scales, g_idx, out, M, K, N, zero_offset,
-        BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+        x, words, steps, out, M, N, T,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
     ):  # fmt: skip
-        """out (M, N) = x (M, K) W: a program owns one tile of out and walks down K, sums in float32."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            inside = (m < M)[:, None] & (k < K)[None, :]
-            rows = tl.load(x + m[:, None] * K + k[None, :], mask=inside, other=0.0)  # (BLOCK_M, BLOCK_K)
-            w = _dequantize_tile(qweight, qzeros, scales, g_idx, k, n, K, N, zero_offset)  # (BLOCK_K, BLOCK_N)
-            acc += tl.dot(rows, w.to(rows.dtype), input_precision="ieee")
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        """out (S, M, N) = x (M, 128 T) W: a program owns BLOCK_M x BLOCK_N of it and one of S shares of the tiles.
+
+        An H200 is sent 8 T weights a second and issues 30 T instructions: under 4 a weight must do. So the weights are
+        the left operand, y^T = W^T x^T, of which tensor cores want 16 rows, more than M has in decoding; they go in as
+        128 + q, neither converted nor scaled; and the rest is done to the sums of a group:
+
+            sum of (q - z) s x  =  s (sum of (128 + q) x  -  (128 + z) sum of x)
+
+        The sum of x is a product with ones, shared by all columns. The 128 costs fp32 sums 5 of their 24 bits; in fp16
+        it is 1024, and 8 bits.
+        """
+        dtype: tl.constexpr = x.dtype.element_ty
+        BIAS: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024 if dtype == tl.float16 else 0
+        GROUPS: tl.constexpr = 4 // SLOTS  # steps a tile
+        P = tl.cdiv(N, 128) * 128
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        split, S = tl.program_id(2), tl.num_programs(2)
+        first, last = T * split // S, T * (split + 1) // S
+        x += m[None, :] * T * 128 + first * 128 + tl.arange(0, 32)[:, None]  # (32, BLOCK_M): x^T
+        words += (first * P + n[:, None]) * 16 + tl.arange(0, 16)[None, :]  # (BLOCK_N, 16)
+        steps += first * GROUPS * P + n  # (BLOCK_N,)
+        ones = tl.full((BLOCK_N, 32), 1.0, dtype)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for _ in tl.range(first, last, num_stages=STAGES):
+            word = tl.load(words, eviction_policy="evict_first")  # read once: leave the L2 to the rest
+            for group in tl.static_range(GROUPS):
+                step = tl.load(steps + group * P)
+                s = (step & -32).to(tl.float32, bitcast=True)
+                z = ((step & 31) + BIAS).to(tl.float32)
+                qx = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                sum_x = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                for slot in tl.static_range(group * SLOTS, group * SLOTS + SLOTS):
+                    rows = tl.load(x + 32 * slot, mask=(m < M)[None, :], other=0.0)  # (32, BLOCK_M)
+                    qx = tl.dot(_unpack(word, slot, dtype), rows, qx, input_precision="ieee")
+                    sum_x = tl.dot(ones, rows, sum_x, input_precision="ieee")
+                acc += s[:, None] * (qx - z[:, None] * sum_x)
+            x += 128
+            words += P * 16
+            steps += GROUPS * P
+        out += (split * M + m[None, :]) * N + n[:, None]
+        tl.store(out, acc.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+    @triton.jit
+    def _unpack(word, slot: tl.constexpr, dtype: tl.constexpr):
+        """The rows of a slot, (BLOCK_N, 16) words -> (BLOCK_N, 32): 128 + q in bf16, 1024 + q in fp16, q in fp32.
+
+        The last four bits of the bf16 0x4300 = 128 count ones, as do those of the fp16 0x6400 = 1024: a nibble needs
+        only be or-ed in, two at a time. Joining the halves costs nothing, they lie as the tensor cores read them.
+        """
+        half: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
+        pair = ((word >> (4 * slot)) & 0x000F000F) | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
+        pair = tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))  # (BLOCK_N, 16, 2)
+        q = tl.reshape(pair, (word.shape[0], 32)).to(half, bitcast=True)
+        return q.to(tl.float32) - 1024 if dtype == tl.float32 else q
+
+    @triton.jit
+    def _sum_kernel(parts, out, size, S, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+        """out (size,) = the sum of parts (S, size), S <= SPLITS: always in the same order, unlike atomic additions."""
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        split = tl.arange(0, SPLITS)[:, None]  # (SPLITS, 1): all loads are under way at once
+        part = tl.load(parts + split * size + i[None, :], mask=(split < S) & (i < size)[None, :], other=0.0)
+        tl.store(out + i, tl.sum(part, 0).to(out.dtype.element_ty), mask=i < size)
+
+    @triton.jit
+    def _dequantize_kernel(words, steps, order, out, P, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr):
+        """out (K + 1, P) = the dense weight, a tile of BLOCK_N columns a program; what pads goes to row K."""
+        t = tl.program_id(1)
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        slot = tl.arange(0, 4)[:, None]  # (4, 1)
+        row = t * 128 + 32 * slot + 2 * tl.arange(0, 16)[None, :]  # (4, 16)
+        word = tl.load(words + (t * P + n[:, None]) * 16 + tl.arange(0, 16)[None, :])  # (BLOCK_N, 16)
+        step = tl.load(steps + (t * (4 // SLOTS) + tl.arange(0, 4)[None, :] // SLOTS) * P + n[:, None])[:, :, None]
+        s = (step & -32).to(tl.float32, bitcast=True)
+        shift = -((step & 31) + 128).to(tl.float32) * s  # exact: 8 bits times the 11 of an fp16
+        pair = ((word[:, None, :] >> (4 * slot)) & 0x000F000F) | 0x43004300  # (BLOCK_N, 4, 16), as in _unpack
+        for half in tl.static_range(2):
+            q = pair & -65536 if half else pair << 16  # the bf16 128 + q, widened to fp32
+            w = q.to(tl.float32, bitcast=True) * s + shift  # (q - z) s, exact
+            line = out + tl.load(order + row + half).to(tl.int64) * P  # (4, 16)
+            tl.store(line + n[:, None, None], w.to(out.dtype.element_ty))
 
 
-def triton_dequantize(qweight, qzeros, scales, g_idx, zero_offset, dtype):
-    """`dequantize` in one kernel: (K, N) of the given dtype. Needs a GPU, or TRITON_INTERPRET=1."""
-    K, N = g_idx.numel(), scales.shape[1]
-    out = torch.empty(K, N, dtype=dtype, device=qweight.device)
-    grid = (triton.cdiv(K, 64), triton.cdiv(N, 64))
-    _dequantize_kernel[grid](qweight, qzeros, scales, g_idx, out, K, N, zero_offset, BLOCK_K=64, BLOCK_N=64)
-    return out
+# M up to, BLOCK_M, BLOCK_N, warps, stages. Picked by what the compiler makes of them for sm_90 (`make sass`): 2.0, 2.3,
+# 2.9 and 4.4 instructions a weight, no spills. With two warps Triton multiplies by mma, which shares the products with
+# ones and waits for nothing; 64 rows are worth four and wgmma. No GPU has timed these, KERNEL_ROWS or PROGRAMS yet.
+CONFIGS = ((8, 8, 128, 2, 4), (16, 16, 128, 2, 4), (32, 32, 128, 2, 3), (64, 64, 128, 4, 3))
+KERNEL_ROWS = 64  # up to here the packed kernel, above it dequantise and use cuBLAS
+PROGRAMS = 4 * 132  # that splitting K is to reach: four for each multiprocessor of a Hopper
+FUSED = {"enable_fp_fusion": True}  # a b + c as one instruction; Triton 3.9 warns where nothing is said
 
 
-def triton_matmul(x, qweight, qzeros, scales, g_idx, zero_offset):
+def triton_matmul(x, tiles):
     """x (M, K) times the packed weight, without ever making it dense: (M, N), dtype of x.
 
-    Needs a GPU, or TRITON_INTERPRET=1. One configuration, made for few rows: 16 is the least height of a tensor-core
-    tile, 64 x 64 packed weights are 2 KiB of int32.
+    Needs a GPU, or TRITON_INTERPRET=1.
     """
-    x = x.contiguous()
-    (M, K), N = x.shape, scales.shape[1]
+    M, N, T, P = len(x), tiles.N, *tiles.words.shape[:2]
+    if len(tiles.order) > tiles.K:
+        x = F.pad(x, (0, 1))  # a column K of zeros for the padding
+    if tiles.gather:
+        x = x.index_select(1, tiles.order)
+    _, BLOCK_M, BLOCK_N, warps, stages = next((c for c in CONFIGS if c[0] >= M), CONFIGS[-1])
+    grid = P // BLOCK_N, triton.cdiv(M, BLOCK_M)
+    S = max(1, min(PROGRAMS // (grid[0] * grid[1]), T // 2, 16))  # two tiles at least: one loads, one is computed
+    parts = torch.empty(S, M, N, dtype=x.dtype if S == 1 else torch.float32, device=x.device)
+    _matmul_kernel[(*grid, S)](
+        x.contiguous(), tiles.words, tiles.steps, parts, M, N, T,
+        BLOCK_M, BLOCK_N, stages, SLOTS=4 * T // len(tiles.steps), num_warps=warps, **FUSED,
+    )  # fmt: skip
+    if S == 1:
+        return parts[0]
     out = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(M, 16), triton.cdiv(N, 64))
-    _matmul_kernel[grid](
-        x, qweight, qzeros, scales, g_idx, out, M, K, N, zero_offset, BLOCK_M=16, BLOCK_K=64, BLOCK_N=64
-    )
+    _sum_kernel[(triton.cdiv(M * N, 256),)](parts, out, M * N, S, triton.next_power_of_2(S), 256, num_warps=2, **FUSED)
     return out
+
+
+SCRATCH = {}  # (device, dtype) -> memory for the largest dense weight so far
+
+
+def triton_dequantize(tiles, dtype, shared=False):
+    """`dequantize` in one kernel: (K, N) of the given dtype. Needs a GPU, or TRITON_INTERPRET=1.
+
+    shared: in the one memory that all layers share; the next call overwrites it.
+    """
+    T, P, _ = tiles.words.shape
+    key, size = (tiles.words.device, dtype), (tiles.K + 1) * P
+    out = SCRATCH.get(key) if shared else None
+    if out is None or len(out) < size:
+        out = torch.empty(size, dtype=dtype, device=tiles.words.device)
+    if shared:
+        SCRATCH[key] = out
+    slots = 4 * T // len(tiles.steps)
+    _dequantize_kernel[P // 128, T](*tiles[:3], out, P, BLOCK_N=128, SLOTS=slots, num_warps=2, **FUSED)
+    return out[: tiles.K * P].view(tiles.K, P)[:, : tiles.N]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,22 +364,24 @@ class QuantMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
-        ctx.save_for_backward(layer.qweight, layer.qzeros, layer.scales, layer.g_idx)
+        ctx.save_for_backward(*layer.packed())
         rows = x.flatten(0, -2)  # (M, K)
-        if x.is_cuda and len(rows) <= KERNEL_ROWS:
-            y = triton_matmul(rows, *ctx.saved_tensors, layer.zero_offset)  # (M, N)
+        if layer.tiles and len(rows) <= KERNEL_ROWS:
+            y = triton_matmul(rows, layer.tiles)  # (M, N)
         else:
-            y = rows @ layer.weight(x.dtype)  # (M, N)
+            y = rows @ layer.weight(x.dtype, shared=True)  # (M, N)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, dy):
-        return dy @ ctx.layer.weight(ctx.dtype).T, None
+        return dy @ ctx.layer.weight(ctx.dtype, shared=True).T, None
 
 
 class QuantLinear(nn.Module):
     """A frozen 4-bit linear layer, K inputs to N outputs; stands where an nn.Linear(K, N) would.
 
+    Its buffers are the tensors of the file. On a GPU the first product replaces qweight by tiles, so that the weights
+    are in memory once; saving and moving to another device bring it back.
     zero_offset: 1 for checkpoints of version 1 (the file stores z - 1), 0 for version 2.
     """
 
@@ -260,6 +395,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(G, N, dtype=torch.float16))
         self.register_buffer("g_idx", torch.zeros(K, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(N) if bias else None)
+        self.tiles = None  # the GPU's form of the first four, never saved
         self.dense = None  # the CPU's cache, never saved
 
     def problem(self):
@@ -270,11 +406,38 @@ class QuantLinear(nn.Module):
             return f"g_idx: groups {self.g_idx.min()} to {self.g_idx.max()}, expected 0 to {len(self.scales) - 1}"
         return ""
 
-    def weight(self, dtype):
-        """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product."""
-        packed = self.qweight, self.qzeros, self.scales, self.g_idx
-        if self.qweight.is_cuda:
-            return triton_dequantize(*packed, self.zero_offset, dtype)
+    def pack(self):
+        """Replace qweight by tiles."""
+        with torch.inference_mode(False):  # sampling may come here first, and then autograd
+            self.tiles = to_tiles(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset)
+        self.qweight = None
+
+    def unpack(self):
+        if self.tiles:
+            self.qweight, self.tiles = from_tiles(self.tiles), None
+
+    def _apply(self, *args, **kwargs):  # .to(device)
+        self.unpack()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args):
+        self.unpack()
+        super()._save_to_state_dict(*args)
+
+    def packed(self):
+        """What a product reads: the tensors of the file, or the tiles'."""
+        if self.scales.is_cuda and not self.tiles:
+            self.pack()
+        return self.tiles[:3] if self.tiles else (self.qweight, self.qzeros, self.scales, self.g_idx)
+
+    def weight(self, dtype, shared=False):
+        """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product.
+
+        shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
+        """
+        packed = self.packed()
+        if self.tiles:
+            return triton_dequantize(self.tiles, dtype, shared)
         if self.dense is None or self.dense.dtype != dtype:
             self.dense = dequantize(*packed, self.zero_offset).to(dtype)
         return self.dense
