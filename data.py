@@ -18,11 +18,12 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import sys
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -278,7 +279,7 @@ def read_parquet(file):
                 if size > most:
                     break
                 yield from rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates without end
         raise ValueError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
     if size > most:
         raise ValueError(f"{file}: unfolds to over {INFLATION_LIMIT} times its size, as no text does; fetch it again")
@@ -399,7 +400,7 @@ def load_template(name, folder, controls):
             raise FileNotFoundError(
                 f"{name}: no such file; --template takes {', '.join(TEMPLATES)}, or a text file with {{source}} in it"
             )
-        text = read_text(Path(name))
+        text = read_text(Path(name), 1 << 16)
         if text.count("{source}") != 1:
             raise ValueError(f"{name}: the template must hold {{source}} exactly once, where the input text goes")
         return text, ""
@@ -421,7 +422,7 @@ class Tokenizer:
         self.own_eos = not end  # else the template's
         self.vocab_size, self.controls, self.bos = vocab_size, controls, bos
         self.eos = controls[end] if end else eos
-        marks = "|".join(re.escape(text) for text in sorted(controls, key=len, reverse=True))
+        marks = "|".join(re.escape(text) for text in sorted(filter(None, controls), key=len, reverse=True))
         self.parts = [part for part in re.split(f"({marks})", self.template) if part]
         self.start = [bos] if bos is not None and controls.get(self.parts[0]) != bos else []  # never twice
 
@@ -432,32 +433,28 @@ class Tokenizer:
             else self.encode([part.replace("{source}", source) for source in sources])
             for part in self.parts
         ]  # fmt: skip
-        return [sum(row, list(self.start)) for row in zip(*columns, strict=True)]
+        prompts = [sum(row, list(self.start)) for row in zip(*columns, strict=True)]
+        if not all(prompts):
+            raise ValueError("the tokenizer finds no tokens in a prompt; take the model's own tokenizer")
+        return prompts
 
     def until_eos(self, ids):
         return ids[: ids.index(self.eos)] if self.eos in ids else ids
-
-
-def tokenizer_file(folder, name, limit):
-    """The file, unless it is larger than any tokenizer is."""
-    file = Path(folder) / name
-    if file.stat().st_size > limit:
-        raise ValueError(f"{file}: over {limit >> 20} MiB, no tokenizer; fetch it again")
-    return file
 
 
 class SentencePieceTokenizer(Tokenizer):
     """tokenizer.model, of Llama 2, TinyLlama and Mistral."""
 
     def __init__(self, folder, template=""):
-        file = tokenizer_file(folder, "tokenizer.model", 16 << 20)
+        file = within(Path(folder) / "tokenizer.model", 16 << 20)
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.Load(str(file))
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, ValueError):  # the last: a message that is not UTF-8
             raise ValueError(f"{file}: not a SentencePiece model; fetch it again") from None
         controls = {self.sp.IdToPiece(i): i for i in range(self.sp.vocab_size()) if self.sp.IsControl(i)}
-        super().__init__(folder, template, self.sp.vocab_size(), controls, self.sp.bos_id(), self.sp.eos_id())
+        bos, eos = self.sp.bos_id(), self.sp.eos_id()  # -1: there is none
+        super().__init__(folder, template, self.sp.vocab_size(), controls, bos if bos >= 0 else None, eos)
 
     @cached_property
     def ordinary(self):
@@ -471,8 +468,27 @@ class SentencePieceTokenizer(Tokenizer):
         return self.sp.encode(text)
 
     def decode(self, ids):
-        """Text of a list of ids, up to the first EOS."""
-        return self.sp.decode(self.until_eos(ids))
+        """Text of a list of ids, up to the first EOS. Some models have more ids than their tokenizer has pieces."""
+        return self.sp.decode([i for i in self.until_eos(ids) if i < self.vocab_size])
+
+
+@contextmanager
+def one_line(file):
+    """Whatever `tokenizers` finds wrong, and when, as a ValueError: it raises no class narrower than Exception, and its
+    panics are not even that and write to the terminal on their own.
+    """
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{file}: not a sound tokenizer ({error}); fetch it again") from None
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 class JsonTokenizer(Tokenizer):
@@ -481,13 +497,10 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, folder, template=""):
         import tokenizers
 
-        file = tokenizer_file(folder, "tokenizer.json", 128 << 20)
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(read_text(file))
-        except ValueError:
-            raise
-        except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{file}: not a tokenizer ({error}); fetch it again") from None
+        self.file = file = Path(folder) / "tokenizer.json"
+        text = read_text(file, 128 << 20)
+        with one_line(file):
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
         self.tokenizer.encode_special_tokens = True  # control tokens in a text are text
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -496,24 +509,26 @@ class JsonTokenizer(Tokenizer):
         eos = self.name_of_eos(Path(folder))
         if not isinstance(eos, str) or eos not in controls:
             raise ValueError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
-        first = self.tokenizer.encode("").ids[:1]  # what the tokenizer itself puts before every text
+        with one_line(file):
+            first = self.tokenizer.encode("").ids[:1]  # what the tokenizer itself puts before every text
         bos = first[0] if first and first[0] != controls[eos] else None
-        vocab_size = self.tokenizer.get_vocab_size()
+        vocab_size = max(self.tokenizer.get_vocab().values()) + 1  # ids may have gaps
         super().__init__(folder, template, vocab_size, controls, bos, controls[eos])
 
     @staticmethod
     def name_of_eos(folder):
         file = folder / "tokenizer_config.json"
         try:
-            eos = json.loads(read_text(file)).get("eos_token")
-        except (json.JSONDecodeError, AttributeError, OSError, RecursionError) as error:
+            eos = parse_json(read_text(file, 64 << 20)).get("eos_token")
+        except (json.JSONDecodeError, BadJson, AttributeError, OSError) as error:
             raise ValueError(f"{file}: needed to know the EOS token, but unreadable ({error}); fetch it") from None
         return eos.get("content") if isinstance(eos, dict) else eos
 
     @cached_property
     def ordinary(self):
         """Ids that stand for text: no control tokens, and no pieces of a character."""
-        texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        with one_line(self.file):
+            texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
         controls = set(self.controls.values())
         return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in controls]
 
@@ -521,11 +536,13 @@ class JsonTokenizer(Tokenizer):
         """Ids of a text or, in one call, of a list of texts; without BOS and EOS."""
         if isinstance(text, str):
             return self.encode([text])[0]
-        return [found.ids for found in self.tokenizer.encode_batch(text, add_special_tokens=False)]
+        with one_line(self.file):
+            return [found.ids for found in self.tokenizer.encode_batch(text, add_special_tokens=False)]
 
     def decode(self, ids):
         """Text of a list of ids, up to the first EOS."""
-        return self.tokenizer.decode(self.until_eos(ids))
+        with one_line(self.file):
+            return self.tokenizer.decode(self.until_eos(ids))
 
 
 TOKENIZERS = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": JsonTokenizer}
@@ -539,9 +556,16 @@ def load_tokenizer(folder, template=""):
     raise FileNotFoundError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's tokenizer there")
 
 
-def read_text(file):
+def within(file, limit):
+    """The file, unless it is larger than any of its kind is."""
+    if file.stat().st_size > limit:
+        raise ValueError(f"{file}: over {limit >> 10:,} KiB, larger than any such file is; name or fetch the right one")
+    return file
+
+
+def read_text(file, limit):
     try:
-        return file.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a template
+        return within(file, limit).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no text
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; fetch it again or convert it") from None
 
@@ -590,6 +614,8 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
         long = "long_input" if len(prompt) > max_input_tokens else None
         long = long or ("long_output" if len(target) + 1 > max_new_tokens else None)
         counts[long or "kept"] += 1
+        if not target:
+            raise ValueError(f"the tokenizer finds no tokens in the output {example.target!r:.80}; mend or remove it")
         if not long:
             response = [*target, tokenizer.eos] if append_eos else target
             kept.append(Datum(example.id, example.source, example.target, prompt, response))

@@ -203,7 +203,7 @@ class Merge(Common):
 
 def visible(text):
     """Other people's text with its control characters written out: they could command, or reorder, a terminal."""
-    control = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    control = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
@@ -243,7 +243,7 @@ def stage_folder(settings, stage):
             empty(partial)
         try:
             yield partial
-        except (ValueError, OSError):
+        except (ValueError, OSError, FloatingPointError):
             with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
                 partial.rmdir()
                 if ours:
@@ -327,7 +327,8 @@ def open_base(settings, dtype=None):
     folder = base_folder(settings)
     llama = model.load(folder, settings.device, dtype or getattr(torch, settings.dtype), weights=not settings.dry_run)
     tokenizer = data.load_tokenizer(folder, settings.template)
-    size, eos = max(tokenizer.vocab_size, tokenizer.eos + 1), llama.config.eos_token_id
+    ids, eos = (tokenizer.vocab_size - 1, tokenizer.bos or 0, tokenizer.eos), llama.config.eos_token_id
+    size = max(ids) + 1
     if size > llama.config.vocab_size or (tokenizer.own_eos and tokenizer.eos not in eos):
         raise ValueError(
             f"{folder}: the tokenizer ({size} pieces, EOS {tokenizer.eos}) is not that of config.json "
@@ -470,10 +471,14 @@ class Updater:
     def restore(self, tensors):
         """The inverse of `tensors`. Raises ValueError where they are not of these parameters."""
         parameters = list(itertools.chain(*self.groups))
-        if any(
-            f"weight.{i}" not in tensors or tensors[f"weight.{i}"].shape != p.shape for i, p in enumerate(parameters)
-        ):
+        keys = ("weight", "exp_avg", "exp_avg_sq", "step")
+        shapes = {f"{key}.{i}": p.shape[: p.dim() * (key != "step")] for key in keys for i, p in enumerate(parameters)}
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
             raise ValueError("its tensors are not those of this model")
+        for name, tensor in tensors.items():
+            least = {"step": 1, "exp_avg_sq": 0}.get(name.rpartition(".")[0], -math.inf)
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all() or tensor.min() < least:
+                raise ValueError(f"{name} holds numbers that no training leaves")
         state = {}
         for name, tensor in tensors.items():
             key, _, i = name.rpartition(".")
@@ -524,6 +529,8 @@ def write_checkpoint(place, tensors, facts):
 
 def read_checkpoint(place):
     """(tensors, facts) of a checkpoint. Raises ValueError saying what is wrong where its manifest does not hold."""
+    from safetensors import SafetensorError
+
     try:
         manifest = json.loads((place / "manifest.json").read_text())
         for name in CHECKPOINT:
@@ -533,8 +540,10 @@ def read_checkpoint(place):
         facts = json.loads((place / "state.json").read_text())
         if facts["version"] > VERSION:
             raise ValueError("it was written by a newer lastmile")
+        if type(facts["step"]) is not int or facts["step"] < 0:
+            raise ValueError(f"step {facts['step']!r:.80} is no number of steps")
         return safetensors.load_file(place / "state.safetensors"), facts
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{place}: no valid checkpoint: {error}") from None
 
 
@@ -613,7 +622,10 @@ class Run:
                 raise ValueError(
                     f"{place}: {name} has changed since{values}; bring back what it was, or start anew with --overwrite"
                 )
-            self.update.restore(tensors)
+            try:
+                self.update.restore(tensors)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}; name another one, or start anew with --overwrite") from None
             say(f"{self.stage}: goes on from {place}")
             return facts["step"]
         say(f"{self.stage}: no checkpoint to go on from; starts at step 0")
@@ -769,7 +781,10 @@ def train_reward(settings):
         llama, tokenizer = open_base(settings)
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
         heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
-        rows = data.with_negatives(positives, tokenizer, settings.max_new_tokens, settings.seed)
+        rows, heldout = (
+            data.with_negatives(found, tokenizer, settings.max_new_tokens, settings.seed)
+            for found in (positives, heldout)
+        )
         for kind in data.NEGATIVES:
             if missing := len(positives) - sum(row.kind == kind for row in rows):
                 say(f"negatives: {missing} examples have no {kind} one, their outputs being a single word")
@@ -794,10 +809,7 @@ def train_reward(settings):
                     positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
                 )  # fmt: skip
         llama.save_adapter("reward", folder, settings.model)
-        report = reward_report(settings, llama, data.with_negatives(
-            heldout, tokenizer, settings.max_new_tokens, settings.seed
-        ))  # fmt: skip
-        write_json(folder / "heldout.json", report)
+        write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
 
 
 def reward_report(settings, llama, rows):
@@ -811,7 +823,7 @@ def reward_report(settings, llama, rows):
         for datum, mean in zip(rows[start : start + 32], means.tolist(), strict=True):
             scores.setdefault(datum.kind, []).append(mean)
     report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
-    for kind in data.NEGATIVES:
+    for kind in scores.keys() & data.NEGATIVES:  # outputs of one word have no shuffled one
         report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
     lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
     say(f"\nheld out, {len(scores['positive'])} validation examples:")
@@ -1038,11 +1050,16 @@ def add_bleurt(settings, examples, columns, references):
 def show_tables(settings):
     folder = Path(settings.output_dir) / "eval"
     need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
-    text = evaluation.tables(*(model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")))
+    found = [model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")]
+    try:
+        text = evaluation.tables(*found)
+        content = f"{text}\n".encode()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None
     say(text)
     if settings.dry_run:
         return
-    (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+    (folder / "tables.md").write_bytes(content)
     say(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 
 
@@ -1055,7 +1072,9 @@ def answer(settings, text):
     adapter = load_answerer(settings, llama, settings.adapter)
     if settings.dry_run:
         return plan(settings, llama, [])
-    prompt = tokenizer.prompts([text])[0]
+    prompt, most = tokenizer.prompts([text])[0], llama.config.max_position_embeddings
+    if len(prompt) > most:
+        raise ValueError(f"text and template are {len(prompt)} tokens, the model reads {most}; shorten the text")
     draw = generator(settings, "sample", device=settings.device)
     response = model.sample(
         llama, [prompt], adapter, settings.max_new_tokens, settings.temperature, draw, settings.top_k, settings.top_p
@@ -1262,7 +1281,9 @@ def main(arguments=None):
         found = diagnosis(error)
         if found is None or os.environ.get("LASTMILE_TRACEBACK"):
             raise
-        print(f"lastmile.py: {visible(' '.join(str(found[1]).split()))}", file=sys.stderr)
+        line = visible(" ".join(str(found[1]).split()))
+        line = line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}"  # it may quote what it was given
+        print(f"lastmile.py: {line}", file=sys.stderr)
         return found[0]
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LoRALinear(nn.Module):
@@ -171,7 +172,7 @@ def load_adapter(module, name, folder, base_hash=""):
         )
     try:
         r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
-        ranks = {tensor.shape[:1] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+        ranks = {t.shape[:1] for key, t in tensors.items() if key.endswith("lora_A.weight") and t.numel()}
         if r < 1 or (r,) not in ranks or not math.isfinite(alpha):
             raise TypeError(
                 f"r {r} and lora_alpha {alpha} in the config, ranks {sorted(map(tuple, ranks))} in the file"
@@ -193,11 +194,11 @@ def load_adapter(module, name, folder, base_hash=""):
     parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     wrong = (set(tensors) - {head}) ^ set(parameters)
     wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
-    wrong |= {key for key in tensors if not tensors[key].float().isfinite().all()}
+    wrong |= {key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()}
     if wrong:
         raise ValueError(
-            f"{file}: {len(wrong)} tensors are missing, extra, not finite or of another shape than this base needs, "
-            f"first {min(wrong)}; was it trained on another model?"
+            f"{file}: {len(wrong)} tensors are missing, extra, not finite floats, or of another shape than this base "
+            f"needs, first {min(wrong)}; was it trained on another model?"
         )
     with torch.no_grad():
         for key, parameter in parameters.items():

@@ -148,7 +148,7 @@ def read_eos(folder, raw):
     file = folder / "generation_config.json"
     eos = [raw.get("eos_token_id", 2), read_json(file).get("eos_token_id") if file.is_file() else None]
     eos = [token for ids in eos if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
-    if not eos or not all(type(token) is int for token in eos):
+    if not eos or not all(type(token) is int and abs(token) < 1 << 31 for token in eos):
         raise ValueError(f"{folder}/config.json: eos_token_id {eos} is no token; set it to the id that ends an output")
     return tuple(dict.fromkeys(eos))
 
@@ -647,7 +647,7 @@ def what_it_is(file):
         return "is a git-lfs pointer, not the file it points to"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is an HTML page"
-    return "is a pickle, never opened," if head.startswith((b"\x80", b"PK")) else ""
+    return "is a pickle, and never opened" if head.startswith((b"\x80", b"PK")) else ""
 
 
 def save(llama, folder, quantization=None):

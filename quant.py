@@ -119,8 +119,8 @@ def read_quantize_config(found):
         if value not in known:
             raise ValueError(f"{place}: {name} {value!r} is not supported; {TAKE_ANOTHER}")
     group_size, place = said.get("group_size", (None, where))
-    if type(group_size) is not int or group_size < -1 or group_size == 0:
-        raise ValueError(f"{place}: group_size {group_size!r} must be -1 or a positive number; fetch the file again")
+    if type(group_size) is not int or not -1 <= group_size <= 1 << 24 or group_size == 0:
+        raise ValueError(f"{place}: group_size {group_size!r} must be -1, or 1 to {1 << 24}; fetch the file again")
     version = said.get("format", ("gptq", ""))[0]
     return {
         "group_size": group_size, "act_order": bool(said.get("act_order", (False,))[0]),
@@ -532,7 +532,12 @@ def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0
             if N % 8 or K % 8:
                 raise ValueError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
             layer = QuantLinear(K, N, group_size, linear.bias is not None)
-            packed = gptq(linear.weight, hessians[name], group_size, act_order, damp)
+            try:
+                packed = gptq(linear.weight, hessians[name], group_size, act_order, damp)
+            except torch.linalg.LinAlgError:
+                raise FloatingPointError(
+                    f"{name}: the Hessian of its inputs has no inverse; raise --damp, if the model's weights are finite"
+                ) from None
             layer.qweight, layer.qzeros, layer.scales, layer.g_idx = packed
             if linear.bias is not None:
                 layer.bias = linear.bias.detach()
