@@ -667,9 +667,9 @@ def test_tokenizer_refuses(tmp_path):
 
 
 BAD_TOKENIZERS = {  # name: (file, its content or None, what the message must say)
-    "an error page": ("tokenizer.json", "<html>404", r"tokenizer\.json: not a tokenizer .*; fetch it again"),
-    "other JSON": ("tokenizer.json", '{"a": 1}', r"tokenizer\.json: not a tokenizer .*; fetch it again"),
-    "empty": ("tokenizer.json", "", r"tokenizer\.json: not a tokenizer .*; fetch it again"),
+    "an error page": ("tokenizer.json", "<html>404", r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
+    "other JSON": ("tokenizer.json", '{"a": 1}', r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
+    "empty": ("tokenizer.json", "", r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
     "not UTF-8": ("tokenizer.json", b"\xff\xfe{", r"tokenizer\.json: not UTF-8 at byte 0"),
     "no config": ("tokenizer_config.json", None, r"tokenizer_config\.json: needed to know the EOS token"),
     "torn config": ("tokenizer_config.json", '{"eos', r"tokenizer_config\.json: needed .* unreadable .*; fetch it"),
