@@ -572,16 +572,17 @@ def read_text(file, limit):
 
 def train_tokenizer(texts, vocab_size, folder):
     """Train a SentencePiece BPE with the Llama tokenizer's settings and write it to <folder>/tokenizer.model."""
+    written = io.BytesIO()  # given a path instead, it would stand in the file, and a full disk look like bad settings
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(line for text in texts for line in text.split("\n")), vocab_size=vocab_size,
-            model_prefix=str(Path(folder) / "tokenizer"), model_type="bpe", byte_fallback=True, split_digits=True,
+            model_writer=written, model_type="bpe", byte_fallback=True, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.9999,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
-    (Path(folder) / "tokenizer.vocab").unlink()  # a listing for the eye that nothing reads
+    (Path(folder) / "tokenizer.model").write_bytes(written.getvalue())
     return load_tokenizer(folder)
 
 

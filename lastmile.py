@@ -37,7 +37,7 @@ import textwrap
 import time
 import tomllib
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -207,11 +207,26 @@ def visible(text):
     return re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def say(text):
-    try:
-        print(visible(text), flush=True)
-    except BrokenPipeError:  # the reader, `head` perhaps, has left; the work goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def say(text, file=None):
+    print(visible(text), file=file)
+
+
+class Stream:
+    """Standard output or error. Where nobody reads it, now or ever, or its disk is full, the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def flush(self):
+        pass
 
 
 @contextmanager
@@ -226,41 +241,47 @@ def stage_folder(settings, stage):
         return
     final = Path(settings.output_dir) / stage
     partial, replaced = final.with_name(f"{stage}.partial"), final.with_name(f"{stage}.replaced")
-    if replaced.exists() and not final.exists():
-        replaced.rename(final)  # a run was killed between the two renames below
-    if final.exists() and not settings.overwrite:
-        raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
     ours = not final.parent.exists()
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
-        resume = getattr(settings, "resume", "")
-        if (saved := checkpoints(partial)) and not resume and not settings.overwrite:
-            raise FileExistsError(
-                f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume to go on with it, or "
-                f"--overwrite to start anew"
-            )
-        if not resume:
-            empty(partial)
         try:
+            make_way(settings, final, partial, replaced)
             yield partial
-        except (ValueError, OSError, FloatingPointError):
+            # A model's own config.json is Hugging Face's: there the settings lie beside it.
+            name = "settings.json" if stage in ("pretrain", "base", "merge") else "config.json"
+            write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        except BaseException as error:
             with suppress(OSError):  # bad input is found before anything is written, and leaves nothing behind
                 partial.rmdir()
                 if ours:
                     final.parent.rmdir()
+            if isinstance(error, OSError) and error.errno and not error.filename:
+                error.filename = str(partial)  # what fails in writing does not say where
             raise
-        # A model's own config.json is Hugging Face's: there the settings lie beside it.
-        name = "settings.json" if (partial / "config.json").exists() else "config.json"
-        write_json(partial / name, asdict(settings) | {"stage": stage, "commit": commit()})
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
         sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(final / "checkpoints", ignore_errors=True)
+        clear(replaced, final / "checkpoints")
+
+
+def make_way(settings, final, partial, replaced):
+    """Refuse to write over what is there already, unasked; clear away what a run has left that was killed."""
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)  # it was killed between the two renames of stage_folder
+    clear(replaced, final / "checkpoints")
+    if final.exists() and not settings.overwrite:
+        raise FileExistsError(f"{final}: already there; add --overwrite to replace it, or name another --output-dir")
+    resume, saved = getattr(settings, "resume", ""), checkpoints(partial)
+    if saved and not resume and not settings.overwrite:
+        raise FileExistsError(
+            f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume to go on with it, or "
+            f"--overwrite to start anew"
+        )
+    if not resume:  # an interrupted run can go on until a new one is sure to start, in Run.restore
+        clear(*(path for path in partial.iterdir() if path.name not in ("checkpoints", "metrics.jsonl")))
 
 
 @contextmanager
@@ -268,17 +289,23 @@ def locked(folder):
     """Hold a folder for this process. The kernel lets go of it when the process ends, however it ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another run is at work there; wait for it, or name another --output-dir"
+            ) from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another run is at work there; wait for it, or name another --output-dir") from None
     finally:
         os.close(handle)
 
 
-def empty(folder):
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def clear(*paths):
+    for path in paths:
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sync(path):
@@ -370,15 +397,15 @@ def prepare(settings, split, tokenizer, examples=0, append_eos=True):
         f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
         f"{settings.max_new_tokens}{f'; {again} stand there more than once' if again else ''}"
     )
-    if not kept:
-        raise ValueError(
-            f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
-        )
     return drawn(settings, split, kept, examples)
 
 
 def drawn(settings, split, rows, examples):
     """That many of the rows, drawn by seed, in their order; all of them where examples is 0."""
+    if not rows:
+        raise ValueError(
+            f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
+        )
     if not 0 < examples < len(rows):
         return rows
     say(f"{split}: {examples} of them drawn by seed {settings.seed}")
@@ -495,9 +522,10 @@ class Updater:
 
 CHECKPOINT = ("state.safetensors", "state.json")  # what its manifest.json vouches for
 VERSION = 1  # of this layout
-FREE = {  # settings that change no number: they may differ when a run goes on. Paths do, what lies there may not.
+FREE = {  # settings that change no result: they may differ when a run goes on. Paths do, what lies there may not.
     "config", "data", "model", "template", "input_column", "target_column", "output_dir", "overwrite", "dry_run",
     "reward", "init", "micro_batch_size", "grad_checkpoint", "resume", "save_every", "keep_checkpoints", "max_time",
+    "log_every",
 }  # fmt: skip
 
 
@@ -510,11 +538,13 @@ def write_checkpoint(place, tensors, facts):
     """Write a checkpoint that is there whole or not at all: first in a hidden folder, manifest last; then rename."""
     hidden = place.with_name(f".{place.name}")
     try:
-        shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed here
-        hidden.mkdir(parents=True)
+        place.parent.mkdir(exist_ok=True)
+        clear(*place.parent.glob(".step-*"))  # of a run that was killed here
+        hidden.mkdir()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         contents = dict(zip(CHECKPOINT, (safetensors.save(tensors), json.dumps(facts).encode()), strict=True))
         manifest = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        manifest["version"] = VERSION
         for name, content in (*contents.items(), ("manifest.json", json.dumps(manifest).encode())):
             (hidden / name).write_bytes(content)
             sync(hidden / name)
@@ -533,13 +563,13 @@ def read_checkpoint(place):
 
     try:
         manifest = json.loads((place / "manifest.json").read_text())
+        if manifest["version"] > VERSION:
+            raise ValueError("it was written by a newer lastmile")
         for name in CHECKPOINT:
             with open(place / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != manifest[name]:
                     raise ValueError(f"{name} is damaged")
         facts = json.loads((place / "state.json").read_text())
-        if facts["version"] > VERSION:
-            raise ValueError("it was written by a newer lastmile")
         if type(facts["step"]) is not int or facts["step"] < 0:
             raise ValueError(f"step {facts['step']!r:.80} is no number of steps")
         return safetensors.load_file(place / "state.safetensors"), facts
@@ -560,23 +590,26 @@ def digest(*paths, sample=1 << 26):
     return found.hexdigest()
 
 
-def fingerprint(stage, settings, rows, base, adapters=()):
-    """What a checkpoint must agree on with the run that goes on from it: {name: hash or value}.
+def fingerprint(stage, settings, rows, base=None, adapters=None):
+    """What a checkpoint must agree on with the run that goes on from it: {name: hash or value}, causes first.
 
-    base: folder of the model (or of pretrain's tokenizer); adapters: folders of those that were loaded.
+    base: folder of the model, if there is one; adapters: {name: folder} of those that were loaded.
     """
-    found = {"stage": stage, "base model": model_hash(base) if (base / "config.json").exists() else "",
-             "tokenizer": digest(*(base / name for name in data.TOKENIZERS if (base / name).is_file()))}  # fmt: skip
+    found = {"stage": stage}
+    found |= {f"--{name.replace('_', '-')}": v for name, v in asdict(settings).items() if name not in FREE}
+    if base:
+        found["base model"] = model_hash(base)
+        found["tokenizer"] = digest(*(base / name for name in data.TOKENIZERS if (base / name).is_file()))
+    for name, folder in (adapters or {}).items():
+        found[name] = digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")
     texts, ids = hashlib.sha256(), hashlib.sha256()
     for datum in rows:
         texts.update(repr((datum.id, datum.source, datum.target)).encode())
         ids.update(repr((datum.kind, datum.prompt, datum.response)).encode())
-    found |= {"data": texts.hexdigest(), "prompt template or negatives": ids.hexdigest()}
-    found |= {f"adapter {i}": digest(folder / "adapter_model.safetensors") for i, folder in enumerate(adapters)}
-    return found | {f"--{name.replace('_', '-')}": v for name, v in asdict(settings).items() if name not in FREE}
+    return found | {"data": texts.hexdigest(), "prompt template or negatives": ids.hexdigest()}
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # as KeyboardInterrupt is: no library's `except Exception` may swallow it
     """A signal or --max-time ended the run; `signal` is its number."""
 
     def __init__(self, number):
@@ -593,7 +626,7 @@ class Run:
             run.log(step, …)
     """
 
-    def __init__(self, folder, stage, settings, rows, update, base, adapters=(), shown=()):
+    def __init__(self, folder, stage, settings, rows, update, base=None, adapters=None, shown=()):
         self.folder, self.stage, self.settings, self.rows, self.update = folder, stage, settings, rows, update
         self.facts, self.shown = fingerprint(stage, settings, rows, base, adapters), shown
         self.index, self.stop, self.tokens = [], 0, 0
@@ -605,39 +638,50 @@ class Run:
     def restore(self):
         """Take up the checkpoint that --resume names. Returns the number of steps already done."""
         if not self.settings.resume:
+            clear(self.folder / "checkpoints")
             return 0
         named = self.settings.resume != "auto"
-        for place in [Path(self.settings.resume)] if named else reversed(checkpoints(self.folder)):
+        places = [Path(self.settings.resume).resolve()] if named else checkpoints(self.folder)[::-1]
+        for place in places:
             try:
                 tensors, facts = read_checkpoint(place)
             except ValueError as error:
                 if named:
                     raise ValueError(f"{error}; name another one, or --resume auto") from None
-                print(f"lastmile.py: {error}; going back to the one before", file=sys.stderr)
+                say(f"lastmile.py: {error}; going back to the one before", file=sys.stderr)
                 continue
-            changed = [name for name in self.facts if facts.get(name) != self.facts[name]]
+            step = facts.pop("step")
+            changed = [name for name in self.facts | facts if facts.get(name) != self.facts.get(name)]
             if changed:
-                name = changed[0]
-                values = f" ({facts.get(name)!r} then, {self.facts[name]!r} now)" if name.startswith("--") else ""
+                shown = [
+                    f"{name} ({facts.get(name)} then, {self.facts.get(name)} now)" if name[:2] == "--" else name
+                    for name in changed
+                ]
                 raise ValueError(
-                    f"{place}: {name} has changed since{values}; bring back what it was, or start anew with --overwrite"
+                    f"{place}: changed since: {', '.join(shown)}; bring back what was, or start anew with --overwrite"
                 )
             try:
                 self.update.restore(tensors)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}; name another one, or start anew with --overwrite") from None
+            with suppress(shutil.SameFileError, FileNotFoundError):  # --resume PATH may name another run's
+                shutil.copyfile(place.parents[1] / "metrics.jsonl", self.folder / "metrics.jsonl")
             say(f"{self.stage}: goes on from {place}")
-            return facts["step"]
+            return step
+        if places:
+            raise ValueError(
+                f"{self.folder / 'checkpoints'}: not one is valid; bring one back, or start anew with "
+                f"--overwrite in place of --resume"
+            )
         say(f"{self.stage}: no checkpoint to go on from; starts at step 0")
         return 0
 
     def __enter__(self):
         """Open the log, cut to the steps that the checkpoint has seen: a killed run may have written more, or half."""
-        file, lines = self.folder / "metrics.jsonl", []
-        if self.first and file.exists():
-            lines = file.read_bytes().split(b"\n")[: self.first]
-        file.write_bytes(b"".join(line + b"\n" for line in lines))
-        self.file, self.unwritten = os.open(file, os.O_WRONLY | os.O_APPEND), b""
+        file = self.folder / "metrics.jsonl"
+        self.file, self.unwritten = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666), b""
+        os.ftruncate(self.file, sum(map(len, file.read_bytes().splitlines(keepends=True)[: self.first])))
+        clear(self.folder / "bad_batch.json")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.since, self.bar = time.monotonic(), None
         return self
@@ -655,12 +699,15 @@ class Run:
             error.args = (
                 f"step {self.step}: {error}; the batch's ids are in {file}; last checkpoint: {last or 'none'}",
             )
+        if self.stop and kind is None:  # the signal came after the last step
+            raise Stopped(self.stop)
 
     def on_signal(self, number, frame):
         if self.stop:
             os._exit(128 + number)
         self.stop = number
-        os.write(2, b"\nlastmile.py: finishing this step, then saving; once more to leave at once\n")
+        with suppress(OSError):  # Ctrl-C ends `| tee`, too
+            os.write(2, b"\nlastmile.py: finishing this step, then saving; once more to leave at once\n")
 
     def steps(self, warmup_steps=0):
         """Yield (step, learning rate, row numbers) of the steps still to do; save and stop between them when due."""
@@ -685,15 +732,22 @@ class Run:
         """Write a checkpoint and let the oldest go. A full disk is an error only where there will be no next time."""
         place = self.folder / "checkpoints" / f"step-{done:08}"
         try:
+            self.flush()
             os.fsync(self.file)
-            write_checkpoint(place, self.update.tensors(), self.facts | {"step": done, "version": VERSION})
+            write_checkpoint(place, self.update.tensors(), self.facts | {"step": done})
         except OSError as error:
             if must:
-                raise
-            problem = f"\nlastmile.py: {place}: not saved ({error.strerror}); the run and its older checkpoints go on"
-            print(problem, file=sys.stderr)
-        for old in checkpoints(self.folder)[: -self.settings.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+                raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
+            say(f"\nlastmile.py: {place}: not saved ({error.strerror}); the run and its older checkpoints go on",
+                file=sys.stderr)  # fmt: skip
+            return
+        saved = checkpoints(self.folder)  # those beyond this one were damaged, or their run was taken back
+        kept = [old for old in saved if old <= place][-self.settings.keep_checkpoints :]
+        clear(*(old for old in saved if old not in kept))
+
+    def flush(self):
+        while self.unwritten:
+            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
 
     def log(self, step, batch, **numbers):
         """A line of metrics.jsonl, and now and then the bar."""
@@ -702,7 +756,7 @@ class Run:
         numbers["padding"] = round(1 - tokens / batch.tokens.numel(), 4)
         self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
         with suppress(OSError):  # a full disk: the lines wait for the next time, and `save` says so
-            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
+            self.flush()
         if step % self.settings.log_every == 0:
             shown = {name: f"{numbers[name]:.3g}" for name in self.shown if numbers[name] is not None}
             shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.since):.0f}"
@@ -743,7 +797,7 @@ def pretrain(settings):
             return plan(settings, llama.to("meta"), rows, trained=["base"])
         llama.to(settings.device)
         update = Updater(list(llama.parameters()), max_grad_norm=settings.max_grad_norm)
-        with Run(folder, "pretrain", settings, rows, update, folder, shown=["loss"]) as run:
+        with Run(folder, "pretrain", settings, rows, update, shown=["loss"]) as run:
             for step, rate, index in run.steps(settings.warmup_steps):
                 batch = data.collate([rows[i] for i in index], settings.device)
                 for part in data.parts(batch, settings.micro_batch_size):
@@ -875,7 +929,7 @@ def train_ppo(settings):
             return plan(settings, llama, rows, ["policy", "value"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
-        loaded = [Path(settings.reward), *([start] if start else [])]
+        loaded = {"reward adapter": Path(settings.reward)} | ({"init adapter": start} if start else {})
         shown = ["return", "reward", "length", "explained_variance"]
         with Run(folder, "ppo", settings, rows, update, base_folder(settings), loaded, shown) as run:
             for step, rate, index in run.steps():
@@ -1252,18 +1306,23 @@ def raised_here(error):
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == ROOT
 
 
+GO_ON = "if a training had begun, the same command with --resume goes on with it"
+
+
 def diagnosis(error):
     """(exit code, what to say) of an error that is not a bug of this program; None for one that is."""
     if isinstance(error, KeyboardInterrupt | Stopped):
         number = getattr(error, "signal", signal.SIGINT)
-        return 128 + number, "stopped; if a training had begun, the same command with --resume goes on with it"
+        return 128 + number, f"stopped; {GO_ON}"
     if isinstance(error, FloatingPointError):
         return 3, error
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if isinstance(error, MemoryError) or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.I):
         return 4, ("out of memory; a smaller --micro-batch-size changes no result, a smaller --batch-size, "
                    "--max-input-tokens or --max-new-tokens does; --dry-run estimates the need")  # fmt: skip
     if isinstance(error, OSError):
-        return 1 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS) else 2, error
+        told = f"{error.filename}: {error.strerror}" if error.filename else error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+        return (1, f"{told}; once that is mended, {GO_ON}") if full else (2, told)
     return (2, error) if isinstance(error, ValueError) and raised_here(error) else None
 
 
@@ -1272,21 +1331,22 @@ def main(arguments=None):
         raise Stopped(number)
 
     before = signal.signal(signal.SIGTERM, stop)  # outside of trainings, which finish their step first
-    try:
-        command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
-        run = COMMANDS[command][1]
-        run(settings, text) if command == "sample" else run(settings)
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        found = diagnosis(error)
-        if found is None or os.environ.get("LASTMILE_TRACEBACK"):
-            raise
-        line = visible(" ".join(str(found[1]).split()))
-        line = line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}"  # it may quote what it was given
-        print(f"lastmile.py: {line}", file=sys.stderr)
-        return found[0]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
+        try:
+            command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
+            run = COMMANDS[command][1]
+            run(settings, text) if command == "sample" else run(settings)
+            return 0
+        except (Exception, KeyboardInterrupt, Stopped) as error:
+            found = diagnosis(error)
+            if found is None or os.environ.get("LASTMILE_TRACEBACK"):
+                raise
+            line = " ".join(str(found[1]).split())
+            line = line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}"  # it may quote what it was given
+            say(f"lastmile.py: {line}", file=sys.stderr)
+            return found[0]
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

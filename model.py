@@ -16,6 +16,7 @@ the other without complaint and computes nonsense).
 Dimensions: B batch, T time, C width, H query heads, J key/value heads, D head size, V vocabulary, S cache length.
 """
 
+import errno
 import json
 import math
 import re
@@ -664,7 +665,10 @@ def save(llama, folder, quantization=None):
     folder = Path(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name.replace(".base.", "."): t.detach().cpu().contiguous() for name, t in llama.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error), str(folder / "model.safetensors")) from None
 
 
 @torch.no_grad()

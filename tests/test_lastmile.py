@@ -885,6 +885,14 @@ def test_bad_input(fresh_run, reward, line, dry, tmp_path, monkeypatch, capsys):
     assert contents(tmp_path) == before
 
 
+def test_pretrain_refuses_data_without_a_short_example(tmp_path, capsys):
+    """Found after the tokenizer is made, which counts the tokens; from no rows, steps would be dealt for ever."""
+    (tmp_path / "train.jsonl").write_text('{"input": "One, two, three.", "output": "Four."}\n' * 9)
+    flags = f"--data {tmp_path} --output-dir {tmp_path}/run --vocab-size 300 --max-new-tokens 2"
+    assert lastmile.main(["pretrain", *flags.split()]) == 2
+    assert "no pretrain example is short enough; raise" in capsys.readouterr().err
+
+
 def test_sample_refuses_an_empty_text(fresh_run, monkeypatch, capsys):
     """Nothing on the command line and nothing on standard input: say so, rather than summarise the template."""
     monkeypatch.setattr("sys.stdin.read", lambda: " \n", raising=False)
