@@ -190,7 +190,7 @@ DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it 
     "other rank": (lambda c, t: t.update({KEY: torch.zeros(3, 32)}), KEY),
     "NaN": (
         lambda c, t: t[KEY][0, :1].fill_(torch.nan),
-        f"not finite or of another shape than this base needs, first {KEY}",
+        f"not finite floats, or of another shape than this base needs, first {KEY}",
     ),
     "infinity": (lambda c, t: t[KEY][3, -1:].fill_(-torch.inf), KEY),
     "no prefix": (
@@ -245,7 +245,7 @@ def test_adapters_that_do_not_fit_are_refused(run_folder, tmp_path, damage, mess
 @pytest.mark.parametrize(
     "head, message",
     [
-        (torch.full((1, 32), torch.nan), "not finite or of another shape"),
+        (torch.full((1, 32), torch.nan), "not finite floats, or of another shape"),
         (torch.zeros(1, 31), "needs a score head of (1, 32)"),
         (torch.zeros(2, 32), "needs a score head of (1, 32)"),
         (torch.zeros(32), "needs a score head of (1, 32)"),
