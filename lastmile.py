@@ -1341,7 +1341,7 @@ def main(arguments=None):
             found = diagnosis(error)
             if found is None or os.environ.get("LASTMILE_TRACEBACK"):
                 raise
-            line = " ".join(str(found[1]).split())
+            line = visible(" ".join(str(found[1]).split()))
             line = line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}"  # it may quote what it was given
             say(f"lastmile.py: {line}", file=sys.stderr)
             return found[0]

@@ -46,7 +46,8 @@ FAULTS = [  # (fault, what was done, tests)
     ("F11", "resumed with another dtype, batch size, LoRA rank and stage; and with what may change",
      f"{RESUME}::test_what_must_not_change {RESUME}::test_what_may_change {RESUME}::test_resume_elsewhere"),
     ("F12", "two runs on one folder", f"{RESUME}::test_two_runs_on_one_folder"),
-    ("F13", "Hub down, offline, slow, a download that breaks off: a small Hub on this machine", "tests/test_hub.py"),
+    ("F13", "Hub down, offline, a download that breaks off, half a cache, on a small local Hub (not: a slow one)",
+     "tests/test_hub.py"),
     ("F14", "killed between the renames, between rename and clearing up; two checkpoints at any time",
      f"{RESUME}::test_killed_between_the_renames {RESUME}::test_two_checkpoints_are_kept "
      f"{RESUME}::test_resume_from_before"),
@@ -63,7 +64,7 @@ FAULTS = [  # (fault, what was done, tests)
      "tests/test_model.py::test_cached_equals_uncached_greedy "
      "tests/test_model.py::test_cached_equals_uncached_under_an_adapter "
      "tests/test_lastmile.py::test_ratio_is_one_at_one_update_a_batch"),
-    ("F20", "one seed in two processes that share neither hash seed, time zone, language nor folder",
+    ("F20", "one seed in two processes that share no hash seed, time zone, language or folder (not: two machines)",
      f"{HERE}::test_one_seed_in_two_processes"),
 ]  # fmt: skip
 
