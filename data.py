@@ -559,7 +559,8 @@ def load_tokenizer(folder, template=""):
 def within(file, limit):
     """The file, unless it is larger than any of its kind is."""
     if file.stat().st_size > limit:
-        raise ValueError(f"{file}: over {limit >> 10:,} KiB, larger than any such file is; name or fetch the right one")
+        size = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
+        raise ValueError(f"{file}: over {size}, larger than any such file is; name or fetch the right one")
     return file
 
 

@@ -140,7 +140,7 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (26, lambda p: (p.base / "tokenizer.model").unlink(), MLE, "no tokenizer.model or tokenizer.json"),
     (26, lambda p: (p.base / "tokenizer.model").write_bytes(b""), MLE, "tokenizer.model: not a SentencePiece model"),
     (26, lambda p: (p.base / "tokenizer.model").write_bytes(bytes(range(256))), MLE, "not a SentencePiece model"),
-    (26, lambda p: (p.base / "tokenizer.model").write_bytes(b"x" * (17 << 20)), MLE, "over 16,384 KiB"),
+    (26, lambda p: (p.base / "tokenizer.model").write_bytes(b"x" * (17 << 20)), MLE, "over 16 MiB"),
     (26, lambda p: p.config(eos_token_id=7), MLE, "EOS 2"),
     (27, lambda p: p.tensors(p.reward, lambda t: t.update(
         {k.replace("base_model.model.", ""): t.pop(k) for k in list(t)})), PPO, "missing, extra"),
