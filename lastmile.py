@@ -461,6 +461,7 @@ def plan(settings, llama, rows, adapters=(), trained=()):
         memory["keys and values"] = 2 * size * settings.batch_size * S * width
     parts = " + ".join(f"{name} {amount / 1e9:.2f}" for name, amount in memory.items())
     say(f"  memory   {parts} = {sum(memory.values()) / 1e9:.2f} GB, an estimate")
+    return memory
 
 
 class Updater:
