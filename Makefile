@@ -91,6 +91,19 @@ faults: .venv/dev
 	$(PY) tests/faults.py
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Measurements: tests/bench/results/*.md and .json. Leave the machine alone meanwhile
+
+bench:    ## beside transformers, PEFT and TRL on one CPU thread; growth; memory: 40 minutes, 3 GB of packages
+bench: .venv-bench/ready
+	.venv-bench/bin/python tests/bench/cpu.py $(FLAGS)
+	.venv-bench/bin/python tests/bench/growth.py
+	.venv-bench/bin/python tests/bench/memory.py
+
+bench-gpu:  ## kernels, sampling and PPO at Llama-2-7B's shapes on a GPU, weights random: under 9 minutes
+bench-gpu: .venv/run
+	$(PY) tests/bench/gpu.py $(FLAGS)
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Set-up and housekeeping
 
 setup:    ## the virtual environment with everything that training and testing need
@@ -105,10 +118,15 @@ setup: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check '.[dev]'
 	touch $@
 
+.venv-bench/ready: pyproject.toml
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check setuptools '.[bench]'
+	touch $@
+
 loc:      ## lines of the engine
 	@wc -l data.py quant.py lora.py model.py ppo.py eval.py lastmile.py
 
 clean:    ## remove the virtual environment and caches; runs stay
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint sass base reward mle ppo eval tables fuzz faults setup loc clean
+.PHONY: help demo test lint base reward mle ppo eval tables fuzz faults bench bench-gpu sass setup loc clean

@@ -1,0 +1,194 @@
+"""`make bench`: sampling, a maximum-likelihood step and a PPO update on one CPU thread, beside what people use.
+
+C1  sampling, 7 prompts of 200 tokens, 50 new ones each: model.sample against transformers' generate (sdpa; of its
+    dynamic and its static cache the one that is faster here), greedily, at temperature 1, and there under a LoRA
+    adapter, which for transformers is PEFT's. No EOS exists, so that both take the same steps.
+C2  a step of maximum likelihood on 7 x (200 + 50) tokens, LoRA of rank 32 on all projections: ours against
+    transformers + PEFT as people write it (labels with -100, hence logits everywhere; AdamW; the norm clipped at 1).
+C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, value adapter of its own, reward model,
+    statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
+    a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
+
+Both sides have the same random weights: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000. First asserted are
+the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same log-probabilities to 1e-4 (C3).
+
+    .venv-bench/bin/python tests/bench/cpu.py [--sizes 15M,42M] [--only C1,C2,C3] [--seconds 120]
+"""
+
+import argparse
+import tempfile
+import warnings
+
+import common
+import peft
+import steps
+import torch
+import transformers
+
+import data
+import model
+import ppo
+
+B, PROMPT, NEW = 7, 200, 50
+GOALS = {  # id: {size: (goal, stretch)}
+    "C1": {"15M": (2.0, 2.5), "42M": (1.3, 1.5)},
+    "C2": {"15M": (1.9, 2.2), "42M": (1.15, 1.3)},
+    "C3": {"15M": (2.0, 2.5)},
+}
+HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch"]
+
+
+def twin(llama):
+    """The same Llama in transformers."""
+    c = llama.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
+    config = transformers.LlamaConfig(**{name: getattr(c, name) for name in names}, attn_implementation="sdpa")
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    state = {name: t for name, t in llama.state_dict().items() if "lora_" not in name and "score" not in name}
+    tensors = {name.replace(".base.", "."): t for name, t in state.items()}
+    missing = theirs.load_state_dict(tensors, strict=False)
+    assert missing == (["lm_head.weight"], []), missing  # the tied head
+    theirs.tie_weights()
+    return theirs
+
+
+def with_adapter(theirs, llama, name):
+    """transformers' model under the same adapter, by way of a PEFT folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        llama.save_adapter(name, folder, "tiny")
+        return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
+
+
+def line(id, size, what, laps, results, note=""):
+    """The laps of "ours" and "theirs" -> a row of the table."""
+    ours, theirs = laps["ours"], laps["theirs"]
+    ratio = common.speedup(ours, theirs)
+    key = f"{id} {size} {what}".strip()
+    results[key] = {"ours": ours, "theirs": theirs, "speedup": ratio, "note": note}
+    show = lambda values: "{min:.3f} ({q1:.3f}-{q3:.3f})".format(**common.summary(values))  # noqa: E731
+    goal = [f"{x:g}x" for x in GOALS[id].get(size, ())] or ["", ""]
+    row = [key, show(ours), show(theirs), str(len(ours)), f"{ratio['of minima']:.2f}x",
+           f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", *goal]  # fmt: skip
+    print(" | ".join(row), note, flush=True)
+    return row
+
+
+def c1(size, seconds, results):
+    llama = common.tiny_llama(size)
+    common.add_adapter(llama, "policy")
+    prompts = [row.prompt for row in common.random_rows(B, PROMPT, NEW)]
+    ids = torch.tensor(prompts)
+    theirs, rows = twin(llama), []
+
+    def generate(hf, cache, **how):
+        settings = transformers.GenerationConfig(
+            max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, cache_implementation=cache, **how
+        )
+        found = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        return found[:, PROMPT:].tolist()
+
+    draw = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    ways = {  # what: (our adapter, our temperature, their model, their settings)
+        "greedy": (None, 0, lambda: theirs, dict(do_sample=False)),
+        "sampled": (None, 1, lambda: theirs, draw),
+        "sampled, LoRA": ("policy", 1, lambda: with_adapter(theirs, llama, "policy"), draw),
+    }
+    trials = common.race({c: lambda c=c: generate(theirs, c, do_sample=False) for c in ("dynamic", "static")}, most=5)
+    cache = min(trials, key=lambda c: min(trials[c]))
+    note = "cache: " + ", ".join(f"{c} {min(laps):.3f} s" for c, laps in trials.items())
+    for what, (adapter, temperature, build, how) in ways.items():
+        hf = build()
+        expected = generate(hf, cache, do_sample=False)
+        assert model.sample(llama, prompts, adapter, NEW, 0) == expected, f"{size}, {what}: not the same tokens"
+        assert len({token for row in expected for token in row}) > NEW, "greedy answers too uniform to tell anything"
+        contestants = {
+            "ours": lambda a=adapter, t=temperature: model.sample(llama, prompts, a, NEW, t),
+            "theirs": lambda hf=hf, how=how: generate(hf, cache, **how),
+        }
+        rows.append(line("C1", size, what, common.race(contestants, seconds), results, note))
+    return rows
+
+
+def c2(size, seconds, results):
+    llama = common.tiny_llama(size)
+    common.add_adapter(llama, "mle")
+    theirs = with_adapter(twin(llama), llama, "mle")
+    rows = common.random_rows(B, PROMPT, NEW)
+    batch = data.collate(rows)
+    ours = steps.step("mle", llama, batch, steps.settings("mle"))
+    learned = [p for p in theirs.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0)
+    labels = batch.tokens.masked_fill(~batch.mask, -100)
+
+    def peers():
+        loss = theirs(input_ids=batch.tokens, attention_mask=torch.ones_like(batch.tokens), labels=labels).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        adamw.step()
+        adamw.zero_grad()
+        return loss.item(), norm.item()
+
+    for (loss, norm), (their_loss, their_norm) in [(ours(), peers()) for _ in range(3)]:  # the updates agree, too
+        assert abs(loss - their_loss) < 1e-4 and abs(norm / their_norm - 1) < 1e-3, (loss, their_loss, norm, their_norm)
+    return [line("C2", size, "", common.race({"ours": ours, "theirs": peers}, seconds), results)]
+
+
+def c3(size, seconds, results):
+    import trl
+
+    llama = common.tiny_llama(size)
+    settings = steps.settings("ppo")
+    steps.add_adapters("ppo", llama, settings)
+    hf = trl.AutoModelForCausalLMWithValueHead.from_pretrained(with_adapter(twin(llama), llama, "policy"))
+    batch = data.collate(common.random_rows(B, PROMPT, NEW))
+    config = trl.PPOConfig(batch_size=B, mini_batch_size=B, ppo_epochs=1, learning_rate=1e-5)
+    trainer = trl.PPOTrainer(config, hf, tokenizer=any_tokenizer())
+    queries, responses = list(batch.tokens[:, :PROMPT]), list(batch.tokens[:, PROMPT:])
+    scores = list(torch.randn(B, generator=torch.Generator().manual_seed(0)))
+    ours = steps.step("ppo", llama, batch, settings)
+
+    with torch.no_grad():
+        inputs = trainer.prepare_model_inputs(queries, responses)
+        logp, *_ = trainer.batched_forward_pass(trainer.model, queries, responses, inputs)
+        error = (logp[:, PROMPT - 1 :] - ppo.actor_critic(llama, batch)[0][:, PROMPT:]).abs().max()
+        assert error < 1e-4, f"log-probabilities differ by {error}"
+    peers = lambda: trainer.step(queries, responses, scores)  # noqa: E731
+    learned = llama.adapter_parameters("policy"), [p for name, p in hf.named_parameters() if "lora_" in name]
+    before = [[p.detach().clone() for p in side] for side in learned]
+    numbers, _ = ours(), peers()
+    assert numbers["ratio"] == 1, numbers
+    for side, old in zip(learned, before, strict=True):
+        assert all((p != q).any() for p, q in zip(side, old, strict=True)), "an adapter did not learn"
+    return [line("C3", size, "", common.race({"ours": ours, "theirs": peers}, seconds), results)]
+
+
+def any_tokenizer():
+    """PPOTrainer wants one, and pads with it."""
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="15M,42M")
+    parser.add_argument("--only", default="C1,C2,C3")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="for the laps of one line; 5 laps at least, 20 at most"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # TRL's about its own age
+    transformers.logging.set_verbosity_error()
+    found, results, rows = common.facts(), {}, []
+    limits = common.ceilings()
+    for id in arguments.only.split(","):
+        for size in arguments.sizes.split(","):
+            rows += {"C1": c1, "C2": c2, "C3": c3}[id](size, arguments.seconds, results)
+    common.write("cpu", found, [HEADER, *rows], ceilings=limits, results=results)
+
+
+if __name__ == "__main__":
+    main()
