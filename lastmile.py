@@ -1328,8 +1328,11 @@ def diagnosis(error):
 
 
 def main(arguments=None):
+    over = []  # not empty once the outcome is settled: from then on a signal has nothing to stop
+
     def stop(number, frame):
-        raise Stopped(number)
+        if not over:
+            raise Stopped(number)
 
     before = signal.signal(signal.SIGTERM, stop)  # outside of trainings, which finish their step first
     with redirect_stdout(Stream(sys.stdout)), redirect_stderr(Stream(sys.stderr)):
@@ -1337,8 +1340,10 @@ def main(arguments=None):
             command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
             run = COMMANDS[command][1]
             run(settings, text) if command == "sample" else run(settings)
+            over.append(0)
             return 0
         except (Exception, KeyboardInterrupt, Stopped) as error:
+            over.append(error)
             found = diagnosis(error)
             if found is None or os.environ.get("LASTMILE_TRACEBACK"):
                 raise
