@@ -450,7 +450,7 @@ def plan(settings, llama, rows, adapters=(), trained=()):
         memory["gradients and AdamW"] = 3 * 4 * sum(p.numel() for p in learning)
         for parameter in learning:
             parameter.requires_grad_(True)
-        B = settings.batch_size
+        B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
         adapter = tuple((name, B) for name in adapters) or None
         memory["activations"] = model.kept_bytes(llama, B * max(len(adapters), 1), T, adapter)
         if adapters != ["reward"]:  # logits, their log-softmax and their gradient, on response tokens alone
