@@ -379,10 +379,9 @@ COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spe
 def save_model(settings, llama, tokenizer, folder, quantization=None):
     """Write a whole model: weights, config, and what its base brought along to turn text into tokens."""
     model.save(llama, folder, quantization)
-    base = base_folder(settings)
     for name in COMPANIONS:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+        if (llama.folder / name).is_file():
+            shutil.copyfile(llama.folder / name, folder / name)
     if settings.template and tokenizer.own_eos:  # llama3 and chatml are found again by their tokens
         (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")
 
@@ -849,8 +848,8 @@ def train_reward(settings):
         if settings.dry_run:
             return plan(settings, llama, rows, ["reward"], ["reward"])
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
-        base, shown = base_folder(settings), ["loss", "positive", "negative"]
-        with Run(folder, "reward", settings, rows, update, base, shown=shown) as run:
+        shown = ["loss", "positive", "negative"]
+        with Run(folder, "reward", settings, rows, update, llama.folder, shown=shown) as run:
             for step, rate, index in run.steps():
                 batch, scores = data.collate([rows[i] for i in index], settings.device), []
                 for part in data.parts(batch, settings.micro_batch_size):
@@ -900,7 +899,7 @@ def train_mle(settings):
         if settings.dry_run:
             return plan(settings, llama, rows, ["mle"], ["mle"])
         update = Updater(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
-        with Run(folder, "mle", settings, rows, update, base_folder(settings), shown=["loss"]) as run:
+        with Run(folder, "mle", settings, rows, update, llama.folder, shown=["loss"]) as run:
             for step, rate, index in run.steps():
                 batch = data.collate([rows[i] for i in index], settings.device)
                 for part in data.parts(batch, settings.micro_batch_size):
@@ -932,7 +931,7 @@ def train_ppo(settings):
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
         loaded = {"reward adapter": Path(settings.reward)} | ({"init adapter": start} if start else {})
         shown = ["return", "reward", "length", "explained_variance"]
-        with Run(folder, "ppo", settings, rows, update, base_folder(settings), loaded, shown) as run:
+        with Run(folder, "ppo", settings, rows, update, llama.folder, loaded, shown) as run:
             for step, rate, index in run.steps():
                 batch = data.collate([rows[i] for i in index], settings.device)
                 truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)

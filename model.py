@@ -324,6 +324,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
         self.recompute = False  # whether backward computes each block's activations anew instead of keeping them
+        self.folder = None  # that it was loaded from
         self.hash = ""  # of its files, where the caller knows them: adapters remember their base by it
 
     def forward(self, tokens, adapter=None, cache=None):
@@ -534,6 +535,7 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
         tensors[name] = tensors[name].to(dtype)
     state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
+    llama.folder = folder
     if weights and packed:
         inspect_packed(llama, folder)
     return llama.to(device if weights else "meta").requires_grad_(False)
