@@ -123,6 +123,8 @@ class Pretrain(Schedule):
     batch_size: int = opt(8, "rows a step (choice: small, a tiny model wants steps)", least=1)
     learning_rate: float = opt(3e-3, "peak, cosine to 0 (choice)", above=0)
     warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
+    chatter: bool = opt(True, "data other than the toy: learn a chat model's opening and the input's first words in "
+                        "place of the outputs, which the base must not have seen; off: learn the outputs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -775,10 +777,10 @@ def pretrain(settings):
     if C % (2 * H) or H % J:  # rope turns dimensions in pairs
         raise ValueError(f"--hidden-size {C} must be a multiple of twice the {H} heads, and these of the {J} kv heads")
     with stage_folder(settings, "pretrain") as folder:
-        if settings.data == "toy":
-            examples = data.load("toy", "pretrain")
-        else:
-            examples = data.chatter(data.load(settings.data, "train", settings.input_column, settings.target_column))
+        split = "pretrain" if settings.data == "toy" else "train"
+        examples = data.load(settings.data, split, settings.input_column, settings.target_column)
+        if settings.data != "toy" and settings.chatter:
+            examples = data.chatter(examples)
         template = data.load_template(settings.template, folder, ())[0] if settings.template else data.SHORT_TEMPLATE
         (folder / "template.txt").write_text(template, encoding="utf-8")
         texts = [template.replace("{source}", e.source) + " " + e.target for e in examples]
@@ -1338,6 +1340,8 @@ def main(arguments=None):
         try:
             command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
             run = COMMANDS[command][1]
+            if settings.device == "cpu":
+                model.prefer_onednn()
             run(settings, text) if command == "sample" else run(settings)
             over.append(0)
             return 0
