@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
 
     def delta(self, x, name):
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        return F.linear(F.linear(x, A), B) * self.scaling[name]  # (…, N)
+        return F.linear(F.linear(x, A) * self.scaling[name], B)  # (…, N); scaled at width R, the cheaper place
 
     def merged(self, weight, name):
         """The base's weight with an adapter folded in: (N, K) fp32 -> (N, K) fp32."""

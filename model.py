@@ -267,6 +267,19 @@ class KVCache:
         self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
 
 
+def attend_last(q, k, v, length):
+    """Attention of one new token a row to its columns 0 … length[b]: q (B, H, 1, D), k, v (B, J, S, D) -> q's shape.
+
+    Two small products: on a CPU a tenth of the time of the fused kernel, which is made for many queries. The queries
+    that share a key head stand under one another.
+    """
+    (B, H, _, D), (_, J, S, _) = q.shape, k.shape
+    score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
+    beyond = torch.arange(S, device=q.device) > length[:, None]  # (B, S): padding, or nothing yet
+    score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
+    return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
+
+
 class Attention(nn.Module):
     def __init__(self, config, linear):
         super().__init__()
@@ -283,14 +296,12 @@ class Attention(nn.Module):
         k = self.k_proj(x, adapter).view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
         v = self.v_proj(x, adapter).view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        seen = None  # causal, from scratch: training and prefill
-        if cache is not None and T > 1:
-            cache.fill(layer, k, v)
-        elif cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, J, S, D)
-            column = torch.arange(k.shape[2], device=x.device)  # (S,)
-            seen = (column <= cache.length[:, None])[:, None, None]  # (B, 1, 1, S): is_causal would show column 0 only
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=self.H != self.J)
+        if cache is not None and T == 1:
+            y = attend_last(q, *cache.update(layer, k, v), cache.length)
+        else:
+            if cache is not None:
+                cache.fill(layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D), adapter)  # (B, T, C)
 
 

@@ -89,6 +89,22 @@ def wall(run):
     return time.perf_counter() - begin
 
 
+def by_onednn(run):
+    """run, its fp32 products done as lastmile.py has them done on a CPU; what takes turns with it has torch's own."""
+    matmul = torch.backends.mkldnn.matmul
+    chosen = "bf16" if model.prefer_onednn() else "none"
+    matmul.fp32_precision = "none"
+
+    def switched():
+        matmul.fp32_precision = chosen
+        try:
+            return run()
+        finally:
+            matmul.fp32_precision = "none"
+
+    return switched
+
+
 def on_device(run):
     """Seconds that run() takes on the GPU, between two events in its stream; without a GPU, by the clock."""
     if not torch.cuda.is_available():

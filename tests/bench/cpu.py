@@ -12,6 +12,9 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
 Both sides have the same random weights: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000. First asserted are
 the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same log-probabilities to 1e-4 (C3).
 
+Each side multiplies as its users' programs do: ours by oneDNN, to which lastmile.py turns (model.prefer_onednn), theirs
+by torch's default. The last column says what is left where the peer is given the same switch.
+
     .venv-bench/bin/python tests/bench/cpu.py [--sizes 15M,42M] [--only C1,C2,C3] [--seconds 120]
 """
 
@@ -35,7 +38,8 @@ GOALS = {  # id: {size: (goal, stretch)}
     "C2": {"15M": (1.9, 2.2), "42M": (1.15, 1.3)},
     "C3": {"15M": (2.0, 2.5)},
 }
-HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch"]
+HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch",
+          "over theirs by oneDNN"]  # fmt: skip
 
 
 def twin(llama):
@@ -60,16 +64,18 @@ def with_adapter(theirs, llama, name):
         return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
 
 
-def line(id, size, what, laps, results, note=""):
-    """The laps of "ours" and "theirs" -> a row of the table."""
-    ours, theirs = laps["ours"], laps["theirs"]
+def line(id, size, what, ours, theirs, seconds, results, note=""):
+    """Race two functions -> a row of the table."""
+    both = {"ours": common.by_onednn(ours), "theirs": theirs, "theirs by oneDNN": common.by_onednn(theirs)}
+    laps = common.race(both, seconds)
+    ours, theirs, switched = laps.values()
     ratio = common.speedup(ours, theirs)
     key = f"{id} {size} {what}".strip()
-    results[key] = {"ours": ours, "theirs": theirs, "speedup": ratio, "note": note}
+    results[key] = laps | {"speedup": ratio, "over theirs by oneDNN": common.speedup(ours, switched), "note": note}
     show = lambda values: "{min:.3f} ({q1:.3f}-{q3:.3f})".format(**common.summary(values))  # noqa: E731
     goal = [f"{x:g}x" for x in GOALS[id].get(size, ())] or ["", ""]
     row = [key, show(ours), show(theirs), str(len(ours)), f"{ratio['of minima']:.2f}x",
-           f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", *goal]  # fmt: skip
+           f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", *goal, f"{min(switched) / min(ours):.2f}x"]  # fmt: skip
     print(" | ".join(row), note, flush=True)
     return row
 
@@ -102,11 +108,9 @@ def c1(size, seconds, results):
         expected = generate(hf, cache, do_sample=False)
         assert model.sample(llama, prompts, adapter, NEW, 0) == expected, f"{size}, {what}: not the same tokens"
         assert len({token for row in expected for token in row}) > NEW, "greedy answers too uniform to tell anything"
-        contestants = {
-            "ours": lambda a=adapter, t=temperature: model.sample(llama, prompts, a, NEW, t),
-            "theirs": lambda hf=hf, how=how: generate(hf, cache, **how),
-        }
-        rows.append(line("C1", size, what, common.race(contestants, seconds), results, note))
+        ours = lambda a=adapter, t=temperature: model.sample(llama, prompts, a, NEW, t)  # noqa: E731
+        peers = lambda hf=hf, how=how: generate(hf, cache, **how)  # noqa: E731
+        rows.append(line("C1", size, what, ours, peers, seconds, results, note))
     return rows
 
 
@@ -131,7 +135,7 @@ def c2(size, seconds, results):
 
     for (loss, norm), (their_loss, their_norm) in [(ours(), peers()) for _ in range(3)]:  # the updates agree, too
         assert abs(loss - their_loss) < 1e-4 and abs(norm / their_norm - 1) < 1e-3, (loss, their_loss, norm, their_norm)
-    return [line("C2", size, "", common.race({"ours": ours, "theirs": peers}, seconds), results)]
+    return [line("C2", size, "", ours, peers, seconds, results)]
 
 
 def c3(size, seconds, results):
@@ -160,7 +164,7 @@ def c3(size, seconds, results):
     assert numbers["ratio"] == 1, numbers
     for side, old in zip(learned, before, strict=True):
         assert all((p != q).any() for p, q in zip(side, old, strict=True)), "an adapter did not learn"
-    return [line("C3", size, "", common.race({"ours": ours, "theirs": peers}, seconds), results)]
+    return [line("C3", size, "", ours, peers, seconds, results)]
 
 
 def any_tokenizer():
