@@ -62,7 +62,10 @@ class LoRALinear(nn.Module):
         return weight + self.scaling[name] * (self.lora_B[name] @ self.lora_A[name]).to(weight)
 
     def forward(self, x, adapter=None):  # (B, T, K) -> (B, T, N)
-        y = self.base(x)
+        return self.adapt(x, self.base(x), adapter)
+
+    def adapt(self, x, y, adapter):
+        """What the base makes of x, y, under an adapter."""
         if adapter is None or not self.lora_A:
             return y
         if isinstance(adapter, str):
@@ -70,6 +73,14 @@ class LoRALinear(nn.Module):
         rows = [n for _, n in adapter]
         parts = zip(adapter, x.split(rows), y.split(rows), strict=True)
         return torch.cat([y + self.delta(x, name) if name in self.lora_A else y for (name, _), x, y in parts])
+
+
+def project(layers, x, adapter=None):
+    """[layer(x, adapter) for layer in layers]; bases that know how do their products together."""
+    bases = [layer.base for layer in layers]
+    packed = all(hasattr(base, "together") for base in bases)
+    ys = bases[0].together(bases, x) if packed else [base(x) for base in bases]
+    return [layer.adapt(x, y, adapter) for layer, y in zip(layers, ys, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

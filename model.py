@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, save_adapter
+from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, project, save_adapter
 from quant import QuantLinear, find_zero_offset, quantize_blocks, read_quantize_config
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,9 +292,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, adapter, cache, layer):
         B, T, C = x.shape
-        q = self.q_proj(x, adapter).view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x, adapter).view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
-        v = self.v_proj(x, adapter).view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
+        q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
+        q = q.view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
+        k, v = (y.view(B, T, self.J, self.D).transpose(1, 2) for y in (k, v))  # (B, J, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None and T == 1:
             y = attend_last(q, *cache.update(layer, k, v), cache.length)
@@ -313,7 +313,8 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(linear("down_proj", config.intermediate_size, config.hidden_size))
 
     def forward(self, x, adapter):
-        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        gate, up = project((self.gate_proj, self.up_proj), x, adapter)
+        return self.down_proj(F.silu(gate) * up, adapter)
 
 
 class Block(nn.Module):
@@ -352,6 +353,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
         self.recompute = False  # whether backward computes each block's activations anew instead of keeping them
+        self.columns = None  # the head of a frozen model on a CPU, see `logits`
         self.folder = None  # that it was loaded from
         self.hash = ""  # of its files, where the caller knows them: adapters remember their base by it
 
@@ -376,8 +378,12 @@ class Llama(nn.Module):
 
     def logits(self, h):
         """Next-token logits, fp32: (…, C) -> (…, V)."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(h, head.weight).float()
+        head = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
+        if head.requires_grad or head.device.type != "cpu":
+            return F.linear(h, head).float()
+        if self.columns is None or self.columns.dtype != head.dtype:
+            self.columns = head.T.contiguous()  # (C, V): decoding on a CPU reads it a third faster
+        return (h @ self.columns).float()
 
     def scalar(self, h, adapter):
         """The scalar head of an adapter, fp32: (…, C) -> (…,)."""

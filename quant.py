@@ -359,22 +359,72 @@ def triton_dequantize(tiles, dtype, shared=False):
 
 
 class QuantMatmul(torch.autograd.Function):
-    """y = x W and dx = dy W^T for a frozen packed W. Saves the packed tensors only."""
+    """y = x W and dx = dy W^T for a frozen packed W. Nothing is saved: W stays where it is, and packed."""
 
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
-        ctx.save_for_backward(*layer.packed())
-        rows = x.flatten(0, -2)  # (M, K)
-        if layer.tiles and len(rows) <= KERNEL_ROWS:
-            y = triton_matmul(rows, layer.tiles)  # (M, N)
-        else:
-            y = rows @ layer.weight(x.dtype, shared=True)  # (M, N)
-        return y.unflatten(0, x.shape[:-1])
+        return product(x, layer)
 
     @staticmethod
     def backward(ctx, dy):
         return dy @ ctx.layer.weight(ctx.dtype, shared=True).T, None
+
+
+def product(x, layer):
+    """x (…, K) times the weight of a QuantLinear or Joined: (…, N)."""
+    rows = x.flatten(0, -2)  # (M, K)
+    if layer.packed() and len(rows) <= KERNEL_ROWS:
+        y = triton_matmul(rows, layer.tiles)  # (M, N)
+    else:
+        y = rows @ layer.weight(x.dtype, shared=True)  # (M, N)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def multiply(x, layer):
+    """`product`, differentiable."""
+    return QuantMatmul.apply(x, layer) if x.requires_grad else product(x, layer)
+
+
+class Joined:
+    """Layers of one input as one: their columns lie side by side in one memory, of which each has a view as its own.
+
+    One product for q, k, v and one for gate, up: fewer kernels to launch, and act-order's gather is done once.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.tiles, self.dense = layers, None, None
+        first = layers[0].g_idx
+        self.possible = first.is_meta or all(torch.equal(layer.g_idx, first) for layer in layers)
+
+    def packed(self):
+        """As in QuantLinear."""
+        found = [layer.packed() for layer in self.layers]
+        if found[0] and not self.tiles:
+            words, steps = (torch.cat(tensors, 1) for tensors in list(zip(*found, strict=True))[:2])
+            widths = [tiles.words.shape[1] for tiles in found]
+            self.tiles = found[0]._replace(words=words, steps=steps, N=sum(widths))
+            for layer, w, s in zip(self.layers, words.split(widths, 1), steps.split(widths, 1), strict=True):
+                layer.tiles = layer.tiles._replace(words=w, steps=s)
+        return self.tiles
+
+    def weight(self, dtype, shared=False):
+        """As in QuantLinear."""
+        if self.packed():
+            return triton_dequantize(self.tiles, dtype, shared)
+        if self.dense is None or self.dense.dtype != dtype:
+            self.dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
+            parts = self.dense.split([layer.out_features for layer in self.layers], 1)
+            for layer, part in zip(self.layers, parts, strict=True):
+                layer.dense = part
+        return self.dense
+
+    def __call__(self, x):
+        """x (…, K) -> [(…, N) of each layer]."""
+        y = multiply(x, self)
+        widths = [layer.tiles.words.shape[1] if self.tiles else layer.out_features for layer in self.layers]
+        parts = zip(self.layers, y.split(widths, -1), strict=True)
+        return [layer.add_bias(part[..., : layer.out_features]) for layer, part in parts]
 
 
 class QuantLinear(nn.Module):
@@ -397,6 +447,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(N) if bias else None)
         self.tiles = None  # the GPU's form of the first four, never saved
         self.dense = None  # the CPU's cache, never saved
+        self.joined = None  # with whom it shares its product
 
     def problem(self):
         """What is wrong with the loaded tensors, or "": numbers that would yield nonsense or read out of bounds."""
@@ -415,6 +466,7 @@ class QuantLinear(nn.Module):
     def unpack(self):
         if self.tiles:
             self.qweight, self.tiles = from_tiles(self.tiles), None
+        self.joined = None
 
     def _apply(self, *args, **kwargs):  # .to(device)
         self.unpack()
@@ -425,26 +477,37 @@ class QuantLinear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def packed(self):
-        """What a product reads: the tensors of the file, or the tiles'."""
+        """The tiles, where the weights are on a GPU, else None."""
         if self.scales.is_cuda and not self.tiles:
             self.pack()
-        return self.tiles[:3] if self.tiles else (self.qweight, self.qzeros, self.scales, self.g_idx)
+        return self.tiles
 
     def weight(self, dtype, shared=False):
         """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product.
 
         shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
         """
-        packed = self.packed()
-        if self.tiles:
+        if self.packed():
             return triton_dequantize(self.tiles, dtype, shared)
         if self.dense is None or self.dense.dtype != dtype:
-            self.dense = dequantize(*packed, self.zero_offset).to(dtype)
+            self.dense = dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
         return self.dense
 
-    def forward(self, x):  # (…, K) -> (…, N)
-        y = QuantMatmul.apply(x, self)
+    def add_bias(self, y):
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def forward(self, x):  # (…, K) -> (…, N)
+        return self.add_bias(multiply(x, self))
+
+    @staticmethod
+    def together(layers, x):
+        """[layer(x) for layer in layers], by one product where all read the rows in one order."""
+        joined = layers[0].joined
+        if joined is None or any(layer.joined is not joined for layer in layers):
+            joined = Joined(layers)
+            for layer in layers:
+                layer.joined = joined
+        return joined(x) if joined.possible else [layer(x) for layer in layers]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -188,6 +188,58 @@ def test_cached_equals_uncached_greedy(heads, prompts):
     assert len({token for row in expected for token in row}) > 3  # not one token over and over
 
 
+def test_one_new_token_attends_as_many_do():
+    """The two products that decoding uses are attention: over its own past only, query heads sharing a key head."""
+    B, H, J, S, D = 3, 6, 2, 9, 8
+    q, k, v = torch.randn(B, H, 1, D), torch.randn(B, J, S, D), torch.randn(B, J, S, D)
+    length = torch.tensor([0, 4, 8])
+    y = model.attend_last(q, k, v, length)
+    for b, n in enumerate(length.tolist()):
+        seen = k[b : b + 1, :, : n + 1], v[b : b + 1, :, : n + 1]
+        expected = torch.nn.functional.scaled_dot_product_attention(q[b : b + 1], *seen, enable_gqa=True)
+        torch.testing.assert_close(y[b : b + 1], expected)
+
+
+def test_onednn_only_where_it_is_exact(monkeypatch):
+    """The switch that makes CPU products faster may round to bf16 on some CPUs: there it must be taken back, or every
+    number would silently lose two thirds of its digits.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    try:
+        matmul.fp32_precision = "none"
+        taken = model.prefer_onednn()
+        assert matmul.fp32_precision == ("bf16" if taken else "none")
+        x = torch.randn(300, 500)
+        exact = x.double() @ x.T.double()
+        assert (x @ x.T - exact).norm() < 1e-6 * exact.norm()
+        plain = torch.Tensor.__matmul__
+
+        def rounded(x, W):
+            return plain(x.bfloat16(), W.bfloat16()).float() if x.dtype == torch.float32 else plain(x, W)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__matmul__", rounded)
+            assert not model.prefer_onednn() and matmul.fp32_precision == "none"
+    finally:
+        matmul.fp32_precision = "none"
+
+
+def test_the_head_by_columns_follows_its_weight(run_folder):
+    """On a CPU logits come from a copy of the frozen head laid out for decoding; a head that learns, or one in another
+    type, must not be answered from an old copy.
+    """
+    llama, tokens = model.load(run_folder / "base"), torch.arange(3, 9)[None]
+    head = (llama.model.embed_tokens if llama.lm_head is None else llama.lm_head).weight
+    h = llama(tokens)
+    assert torch.allclose(llama.logits(h), torch.nn.functional.linear(h, head), atol=1e-5) and llama.columns is not None
+    llama.to(torch.float64)
+    assert torch.allclose(llama.logits(llama(tokens)), llama.logits(h.double()), atol=1e-4)
+    llama.to(torch.float32)
+    head.requires_grad_(True)
+    head.data.mul_(2)
+    assert torch.equal(llama.logits(h), torch.nn.functional.linear(h, head))
+
+
 def test_cached_equals_uncached_under_an_adapter():
     """Prefill and decoding both pass the adapter on: PPO would else sample from one policy and train another."""
     llama = ours()

@@ -375,16 +375,77 @@ def test_moving_brings_the_words_back():
     assert torch.equal(layer.to("cpu")(x), y) and layer.tiles is None
 
 
-def test_backward_keeps_packed_tensors_only():
-    """What autograd holds until backward is the four packed tensors: one dense copy a layer would undo the 4 bits."""
+def test_backward_keeps_nothing():
+    """What autograd holds until backward is the layer itself: one dense copy a layer would undo the 4 bits."""
     layer, saved = random_layer(64, 64), []
     x = torch.randn(3, 64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
     y.sum().backward()
-    assert x.grad is not None
-    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in layer.buffers()}
-    assert max(t.numel() for t in saved if t.is_floating_point()) == 2 * 64  # the scales, not K x N
+    assert x.grad is not None and saved == []
+
+
+def siblings(act_order=False, order=None):
+    """Two layers of one input, in one order of the rows unless another is given for the second."""
+    layers = random_layer(200, 104, group_size=64, act_order=act_order), random_layer(200, 40, group_size=64, seed=1)
+    layers[1].g_idx = layers[0].g_idx.clone() if order is None else order
+    layers[1].bias = torch.randn(40)
+    return [layer.to(device()) for layer in layers]
+
+
+@pytest.mark.parametrize("rows", [3, quant.KERNEL_ROWS + 1])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_joined_layers_equal_single_ones(rows, packed, act_order, monkeypatch):
+    """One product for layers of one input yields what each yields alone, forward and gradient, in one memory: q, k, v
+    and gate, up go through it in every model, with tiles on a GPU and with dense weights on a CPU.
+    """
+    if packed:
+        pytest.importorskip("triton")
+    layers, x = siblings(act_order), torch.randn(rows, 200)
+    weights = [quant.dequantize(s.qweight, s.qzeros, s.scales, s.g_idx, 1).cpu() for s in layers]
+    before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
+    if packed:
+        for layer in layers:
+            layer.pack()
+    kernel, calls = ("triton_matmul" if rows <= quant.KERNEL_ROWS else "triton_dequantize"), []
+    if packed:
+        original = getattr(quant, kernel)
+        monkeypatch.setattr(quant, kernel, lambda *a, **k: calls.append(a) or original(*a, **k))
+    leaf = x.to(device()).requires_grad_()
+    ys = quant.QuantLinear.together(layers, leaf[None])
+    assert len(calls) == int(packed)
+    for y, W, layer in zip(ys, weights, layers, strict=True):
+        assert_near(y[0], x @ W + (0 if layer.bias is None else layer.bias.cpu()), 1e-5)
+    sum((y * (i + 1)).sum() for i, y in enumerate(ys)).backward()
+    assert_near(leaf.grad, sum((i + 1) * W.sum(1) for i, W in enumerate(weights)).expand(rows, -1), 1e-5)
+    memory = [layer.tiles.words if packed else layer.weight(torch.float32) for layer in layers]
+    assert len({t.untyped_storage().data_ptr() for t in memory}) == 1
+    for layer, W in zip(layers, weights, strict=True):  # each by itself, from its part of the memory
+        assert_near(layer(x.to(device())), x @ W + (0 if layer.bias is None else layer.bias.cpu()), 1e-5)
+    for layer, saved in zip(layers, before, strict=True):
+        after = layer.state_dict()
+        assert saved.keys() == after.keys() and all(torch.equal(saved[name], after[name]) for name in saved)
+
+
+def test_layers_in_different_orders_stay_apart():
+    """Act-order may sort the rows of each layer differently; joined they would be read in the order of the first."""
+    layers, x = siblings(order=torch.arange(200, dtype=torch.int32).flip(0) // 64), torch.randn(3, 200)
+    expected = [layer(x) for layer in layers]
+    ys = quant.QuantLinear.together(layers, x)
+    assert not layers[0].joined.possible
+    assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+
+
+def test_a_moved_layer_is_joined_anew():
+    """Moving a layer takes its weights out of the common memory: the next product must see the layer's, not the old."""
+    layers, x = siblings(), torch.randn(3, 200)
+    quant.QuantLinear.together(layers, x)
+    joined = layers[0].joined
+    layers[1].to("cpu")
+    assert layers[1].joined is None
+    quant.QuantLinear.together(layers, x)
+    assert layers[0].joined is layers[1].joined is not joined
 
 
 def test_training_after_sampling():
