@@ -80,6 +80,17 @@ $(OUT)/eval/scores.json: $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/
 	$(RUN) eval $(call HOW,eval)
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The course: docs/walkthrough.md and docs/exercises
+
+walkthrough:  ## one batch through all four stages, every number shown; FLAGS=--write puts them into docs/walkthrough.md
+walkthrough: .venv/run
+	@$(PY) docs/walkthrough.py $(FLAGS)
+
+exercise:  ## checks your answer to an exercise: make exercise N=2
+exercise: .venv/run
+	@$(PY) docs/exercises/check.py "$(N)" $(FILE)
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Longer checks than the test suite's
 
 fuzz:     ## 5,000 damaged inputs: each must end well, or in one line and exit code 2
@@ -129,4 +140,4 @@ loc:      ## lines of the engine
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables fuzz faults bench bench-gpu sass setup loc clean
+.PHONY: help demo test lint base reward mle ppo eval tables walkthrough exercise fuzz faults bench bench-gpu sass setup loc clean
