@@ -24,8 +24,8 @@ BASE = $(if $(filter toy,$(DATA)),$(OUT)/base/model.safetensors)
 help:     ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
-demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables on the toy: under 8 minutes on 2 cores
-	@$(MAKE) --no-print-directory tables DATA=toy
+demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the toy: under 8 minutes on 2 cores
+	@$(MAKE) --no-print-directory report DATA=toy
 
 test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
 test: .venv/dev
@@ -60,6 +60,10 @@ eval: $(OUT)/eval/scores.json
 tables:   ## the paper's two tables, ours beside the paper's
 tables: $(OUT)/eval/scores.json
 	@$(RUN) tables --data $(DATA) --output-dir $(OUT)
+
+report:   ## one HTML page of all that: curves, tables, lengths, outputs token by token
+report: tables
+	@$(RUN) report $(call HOW,report)
 
 $(OUT)/pretrain/model.safetensors: | .venv/run
 	$(RUN) pretrain --data $(DATA) --output-dir $(OUT) $(call flags,base)
@@ -135,9 +139,10 @@ setup: .venv/dev
 	touch $@
 
 loc:      ## lines of the engine
-	@wc -l data.py quant.py lora.py model.py ppo.py eval.py lastmile.py
+	@wc -l data.py quant.py lora.py model.py ppo.py eval.py report.py lastmile.py
 
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables walkthrough exercise fuzz faults bench bench-gpu sass setup loc clean
+.PHONY: help demo test lint base reward mle ppo eval tables report walkthrough exercise fuzz faults bench bench-gpu \
+        sass setup loc clean

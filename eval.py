@@ -81,6 +81,13 @@ def clean_mle(text):
     return text.strip().split("\n", 1)[0]
 
 
+def judged(predictions):
+    """{column: texts} in the order of COLUMNS, the cleaned ones added, from those of base, mle and policy."""
+    cleaned = {f"{name} cleaned": [clean(text) for text in predictions[name]]
+               for name, clean in (("base", clean_base), ("mle", clean_mle)) if name in predictions}  # fmt: skip
+    return {name: (predictions | cleaned)[name] for name in COLUMNS if name in predictions | cleaned}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics
 
@@ -156,8 +163,8 @@ def auc(positive, negative):
 # Tables
 
 
-def tables(scores, intervals, facts):
-    """Tables 1 and 2 as markdown, ours beside the paper's.
+def cells(scores, intervals, facts):
+    """Tables 1 and 2 as rows of strings, a header first, ours beside the paper's, and a line about both.
 
     scores: {column: {metric: mean}}; intervals: {column: {metric: (low, high)}}; facts: {"data", "model", "seed",
     "commit", "n", "bleurt"}. The paper has SAMSum and XSum; other data stand beside SAMSum, for orientation only.
@@ -177,13 +184,20 @@ def tables(scores, intervals, facts):
         return cells
 
     other = "" if facts["data"] in PAPER_DATA else " The paper has no such data: its SAMSum numbers stand beside."
+    note = (f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
+            f"n = {facts['n']}, ± half the 95 % bootstrap interval.{other}")  # fmt: skip
+    return [header, row("excess_length", 1)], [header, *(row(metric, 2) for metric in ROWS)], note
+
+
+def tables(scores, intervals, facts):
+    """`cells` as markdown."""
+    first, second, note = cells(scores, intervals, facts)
     return "\n".join([
-        f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
-        f"n = {facts['n']}, ± half the 95 % bootstrap interval.{other}",
+        note,
         "\n**Table 1**: extra length relative to ground truth, in words\n",
-        markdown([header, row("excess_length", 1)]),
+        markdown(first),
         f"\n**Table 2**: evaluation metrics (bleurt: {facts['bleurt']})\n",
-        markdown([header, *(row(metric, 2) for metric in ROWS)]),
+        markdown(second),
     ])  # fmt: skip
 
 

@@ -7,6 +7,7 @@
     python lastmile.py ppo        policy and value against the reward model    -> <output-dir>/ppo/{policy,value}
     python lastmile.py eval       predictions and scores of base, mle, policy  -> <output-dir>/eval
     python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
+    python lastmile.py report     curves, tables, outputs token by token       -> <output-dir>/report.html
     python lastmile.py sample     the summary of one text
     python lastmile.py merge      base and adapter as one fp16 model           -> <output-dir>/merge
 
@@ -14,7 +15,7 @@ This file holds the settings, the command line and four short loops. The way of 
 
     load -> encode -> batches -> collate -> llama(tokens, adapter) -> loss -> update -> save
 
-Read on in data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
+Read on in data.py, model.py (with lora.py and quant.py), ppo.py, eval.py, report.py.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def lazy(name):
 
 torch, safetensors, tqdm = lazy("torch"), lazy("safetensors.torch"), lazy("tqdm")
 data, model, ppo, evaluation = lazy("data"), lazy("model"), lazy("ppo"), lazy("eval")
+reporting = lazy("report")
 
 ROOT = Path(__file__).resolve().parent
 LLAMA2 = "TheBloke/Llama-2-7B-Chat-GPTQ"  # the paper's base model (4.1), on the Hugging Face Hub
@@ -184,6 +186,11 @@ class Eval(Common):
 @dataclass(frozen=True)
 class Tables(Common):
     pass
+
+
+@dataclass(frozen=True)
+class Report(Common):
+    examples: int = opt(6, "test inputs shown token by token, drawn by seed; 0: none, and no model is read", least=0)
 
 
 @dataclass(frozen=True)
@@ -1066,11 +1073,8 @@ def evaluate(settings):
                 for datum, text in zip(rows, columns[name], strict=True):
                     line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        for name, clean in (("base", evaluation.clean_base), ("mle", evaluation.clean_mle)):
-            if name in columns:
-                columns[f"{name} cleaned"] = [clean(text) for text in columns[name]]
-        judged = [name for name in evaluation.COLUMNS if name in columns]
-        examples = {name: evaluation.metrics_by_example(columns[name], references) for name in judged}
+        columns = evaluation.judged(columns)
+        examples = {name: evaluation.metrics_by_example(texts, references) for name, texts in columns.items()}
         note = add_bleurt(settings, examples, columns, references)
         write_json(folder / "scores.json", {
             name: {metric: float(values.mean()) for metric, values in found.items()} for name, found in examples.items()
@@ -1103,20 +1107,175 @@ def add_bleurt(settings, examples, columns, references):
     return Path(settings.bleurt).name
 
 
-def show_tables(settings):
-    folder = Path(settings.output_dir) / "eval"
-    need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
+def read_scores(folder):
+    """Scores, intervals and facts of an eval folder, sound enough to make tables of, and the tables."""
     found = [model.read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")]
     try:
         text = evaluation.tables(*found)
-        content = f"{text}\n".encode()
+        text.encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None
+    return found, text
+
+
+def show_tables(settings):
+    folder = Path(settings.output_dir) / "eval"
+    need(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
+    _, text = read_scores(folder)
     say(text)
     if settings.dry_run:
         return
-    (folder / "tables.md").write_bytes(content)
+    (folder / "tables.md").write_text(f"{text}\n", encoding="utf-8")
     say(f"\nEverything lies in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def read_lines(file, keys=()):
+    """The objects of a .jsonl file. A last line without its end is still being written, and left out."""
+    rows = []
+    for i, line in enumerate(Path(file).read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise ValueError(f"{file}: line {i} is not one that lastmile writes; run that stage again")
+        rows.append(row)
+    return rows
+
+
+def read_outputs(folder):
+    """{"id", "source", "reference", and the columns: list of texts} of an eval folder."""
+    keys, found = ("id", "source", "reference", "prediction"), {}
+    for name in ("base", "mle", "policy"):
+        if (folder / f"{name}.jsonl").is_file():
+            found[name] = read_lines(folder / f"{name}.jsonl", keys)
+    texts = {name: [row["prediction"] for row in rows] for name, rows in found.items()}
+    rows = next(iter(found.values()), [])
+    if not rows or any([row["id"] for row in other] != [row["id"] for row in rows] for other in found.values()):
+        raise ValueError(f"{folder}: not the predictions that eval writes; run eval again")
+    return {key: [row[key] for row in rows] for key in keys[:3]} | evaluation.judged(texts)
+
+
+def write_report(settings):
+    """One HTML file about everything that lies in the run's folder."""
+    run = Path(settings.output_dir)
+    stages = {}
+    for stage in reporting.STAGES:  # one that is still at work, or was stopped, shows what it has
+        logs = [run / folder / "metrics.jsonl" for folder in (stage, f"{stage}.partial")]
+        if rows := next((read_lines(file) for file in logs if file.is_file()), None):
+            stages[stage] = rows
+    sections = [reporting.curves(stages)] if stages else []
+    if (run / "eval").is_dir():
+        found, _ = read_scores(run / "eval")
+        columns = read_outputs(run / "eval")
+        texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
+        sections += [reporting.tables(*found), reporting.lengths(texts)]
+        if settings.examples:
+            rows = drawn(settings, "report", list(range(len(columns["id"]))), settings.examples)
+            sections.append(reporting.gallery(*examine(settings, columns, rows)))
+    if not sections:
+        how = f"python lastmile.py reward --data {settings.data} --output-dir {run}"
+        raise FileNotFoundError(f"{run}: no stage has run there yet; run: {how}")
+    if settings.dry_run:
+        return
+    facts = f"lastmile {commit()}, {run.resolve()}"
+    content = visible(reporting.page(Path(settings.data).stem, facts, sections))  # whatever of it came from the data
+    file, hidden = run / "report.html", run / ".report.html"
+    try:
+        hidden.write_text(content, encoding="utf-8")
+        sync(hidden)
+        hidden.rename(file)
+    finally:
+        clear(hidden)
+    say(f"The report lies in {file.resolve()}; open it in a browser")
+
+
+def examine(settings, columns, rows):
+    """(examples, note) for report.gallery: the reference and all outputs of some test inputs, token by token.
+
+    One pass of the reward model and one of the value for each input; without their adapters, the texts alone.
+    """
+    run, names = Path(settings.output_dir), [name for name in columns if name not in ("id", "source")]
+    ppo_file, eval_file = run / "ppo" / "config.json", run / "eval" / "config.json"
+    s = Ppo(**read_settings(str(ppo_file), "ppo")) if ppo_file.is_file() else Ppo()
+    cap = Eval(**read_settings(str(eval_file), "eval")).max_new_tokens if eval_file.is_file() else Eval.max_new_tokens
+    places = {"reward": next(filter(Path.is_dir, (Path(s.reward or run / "reward"), run / "reward")), None),
+              "value": run / "ppo" / "value"}  # fmt: skip
+    adapters = [name for name, place in places.items() if places["reward"] and place.is_dir()]
+    if adapters:
+        llama, tokenizer = open_base(settings)
+    for name in adapters:
+        llama.load_adapter(name, places[name], head=True)
+    examples, same = [], 0
+    for i in rows if not settings.dry_run else ():
+        texts = {name: columns[name][i] for name in names}
+        if adapters:
+            raw = {name: columns[name.removesuffix(" cleaned")][i] for name in names}
+            outputs = tokens_of(tokenizer, texts, raw, cap)
+            same += sum("".join(token["text"] for token in outputs[name]["tokens"] if "end" not in token) == text
+                        for name, text in texts.items())  # fmt: skip
+            add_numbers(s, llama, tokenizer.prompts([columns["source"][i]])[0], outputs, adapters)
+        else:
+            outputs = {name: {"tokens": [{"text": text}], "cut": False} for name, text in texts.items()}
+        examples.append({"id": columns["id"][i], "source": columns["source"][i], "outputs": outputs})
+    if not adapters:
+        return examples, "There is no reward model in this run, so the outputs bear no numbers."
+    return examples, (
+        f"The outputs were encoded again from their texts: {same} of {len(rows) * len(names)} give the same text back, "
+        f"and one of {cap} tokens or more counts as cut by the cap. A token's reward is its score by the reward model, "
+        f"less {s.length_penalty:g} beyond the reference's length. "
+        + (f"Advantages: equation 2, gamma {s.gamma:g}, lambda {s.lam:g}." if "value" in adapters else
+           "There is no value model in this run.")
+    )  # fmt: skip
+
+
+def tokens_of(tokenizer, texts, raw, cap):
+    """{name: {"tokens": [{"id", "text"}], "cut"}}: texts as token ids, EOS behind those that the cap did not cut.
+
+    raw: the same before cleaning: what cleaning has shortened at its end was not cut there by the cap.
+    """
+    outputs = {}
+    for name, text in texts.items():
+        cut = (
+            name != "reference" and len(tokenizer.encode(raw[name])) >= cap and raw[name].strip().endswith(text.strip())
+        )
+        ids, tokens, done = tokenizer.encode(text), [], ""
+        for t in range(1, len(ids) + 1):
+            now = tokenizer.decode(ids[:t])  # a character of several tokens stands with its last
+            whole = now.startswith(done) and (t == len(ids) or not now.endswith("\ufffd"))
+            tokens.append({"id": ids[t - 1], "text": now[len(done) :] if whole else ""})
+            done = now if whole else done
+        tokens += [{"id": tokenizer.eos, "text": "EOS", "end": True}] * (not cut)
+        outputs[name] = {"tokens": tokens, "cut": cut}
+    return outputs
+
+
+def add_numbers(s, llama, prompt, outputs, adapters):
+    """Give the tokens of all outputs of one prompt the numbers that PPO, with settings s, would learn from."""
+    reference = len(outputs["reference"]["tokens"])
+    rows = [data.Datum("", "", "", prompt, [token["id"] for token in o["tokens"]]) for o in outputs.values()]
+    batch = data.collate(rows, llama.device)
+    batch = replace(batch, ref_len=torch.full_like(batch.ref_len, reference))
+    with torch.inference_mode():
+        score = value = ppo.judge(llama, batch)  # (B, T); the value, where there is one, is of the state before
+        if "value" in adapters:
+            h = llama(batch.tokens, "value")  # (B, T, C)
+            value = ppo.fill(batch.mask, llama.scalar(ppo.before(h, batch.mask), "value"))  # (B, T)
+        traj = ppo.trajectory(batch, value, value, score, s.gamma, s.lam, s.length_penalty, s.reward_clamp)
+    penalty = ppo.length_penalty(batch, s.length_penalty)
+    found = {"reward": traj.reward, "score": score, "penalty": penalty, "return": traj.ret}
+    found |= {"value": value, "advantage": traj.adv} if "value" in adapters else {}
+    for b, output in enumerate(outputs.values()):
+        output["reference"] = reference
+        for name, numbers in found.items():
+            for token, x in zip(output["tokens"], numbers[b][batch.mask[b]].tolist(), strict=True):
+                token[name] = x
 
 
 def answer(settings, text):
@@ -1161,6 +1320,7 @@ COMMANDS = {  # name: (settings, function, one line)
     "ppo": (Ppo, train_ppo, "policy and value by PPO (paper, 3.3)"),
     "eval": (Eval, evaluate, "predictions and scores of base, mle and policy"),
     "tables": (Tables, show_tables, "the paper's Tables 1 and 2, ours beside the paper's"),
+    "report": (Report, write_report, "one HTML page: curves, tables, lengths, outputs token by token"),
     "merge": (Merge, merge, "base and adapter as one fp16 model folder"),
     "sample": (Sample, answer, "the summary of a text, given as an argument or on standard input"),
 }
