@@ -111,6 +111,7 @@ class Schedule(Common):
     save_every: int = opt(100, "steps between checkpoints", least=1)
     keep_checkpoints: int = opt(2, "the newest so many are kept", least=2)
     max_time: float = opt(0.0, "minutes after which to save and stop, as SIGTERM does; 0: never", least=0)
+    report_to: str = opt("", "show the numbers in tensorboard, wandb, or both (tensorboard,wandb), too [neither]")
     deterministic: bool = opt(False, "on a GPU, the same bits in every run, at some cost; a CPU needs no flag")
 
 
@@ -534,7 +535,7 @@ VERSION = 1  # of this layout
 FREE = {  # settings that change no result: they may differ when a run goes on. Paths do, what lies there may not.
     "config", "data", "model", "template", "input_column", "target_column", "output_dir", "overwrite", "dry_run",
     "reward", "init", "micro_batch_size", "grad_checkpoint", "resume", "save_every", "keep_checkpoints", "max_time",
-    "log_every",
+    "log_every", "report_to",
 }  # fmt: skip
 
 
@@ -626,6 +627,29 @@ class Stopped(BaseException):  # as KeyboardInterrupt is: no library's `except E
         self.signal = number
 
 
+def loggers(settings, stage):
+    """(write a step's numbers, close) of each that --report-to names. They lie beside the stages' folders."""
+    found, place = [], Path(settings.output_dir)
+    if "tensorboard" in settings.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not settings.resume:
+            clear(place / "tensorboard" / stage)
+        writer = SummaryWriter(place / "tensorboard" / stage)
+        write = lambda step, numbers: [writer.add_scalar(name, x, step) for name, x in numbers.items()]  # noqa: E731
+        found.append((write, writer.close))
+    if "wandb" in settings.report_to:
+        import wandb
+
+        name = f"{place.name} {stage}"
+        try:
+            run = wandb.init(project="lastmile", name=name, dir=place, config=asdict(settings))
+        except wandb.Error as error:
+            raise ValueError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
+        found.append((lambda step, numbers: run.log(numbers, step=step), run.finish))
+    return found
+
+
 class Run:
     """One training from its start, or from a checkpoint, to its end: its steps, its log, and the ways it can stop.
 
@@ -642,6 +666,7 @@ class Run:
         if settings.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True, warn_only=True)
+        self.loggers = loggers(settings, stage)
         self.first = self.restore()
 
     def restore(self):
@@ -701,6 +726,8 @@ class Run:
         os.close(self.file)
         if self.bar is not None:
             self.bar.close()
+        for _, close in self.loggers:
+            close()
         if kind is FloatingPointError:
             file = self.folder / "bad_batch.json"
             write_json(file, {"step": self.step, "ids": [self.rows[i].id for i in self.index]})
@@ -766,6 +793,8 @@ class Run:
         self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
         with suppress(OSError):  # a full disk: the lines wait for the next time, and `save` says so
             self.flush()
+            for write, _ in self.loggers:
+                write(step, {name: float(x) for name, x in numbers.items() if x is not None})
         if step % self.settings.log_every == 0:
             shown = {name: f"{numbers[name]:.3g}" for name in self.shown if numbers[name] is not None}
             shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.since):.0f}"
@@ -969,7 +998,7 @@ def add_actors(settings, llama, start):
 
 # What the reward model that PPO trains takes over from PPO, beside all of Common: how long and how, not how well.
 SHARED = ("train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
-          "keep_checkpoints", "max_time", "deterministic")  # fmt: skip
+          "keep_checkpoints", "max_time", "report_to", "deterministic")  # fmt: skip
 
 
 def reward_first(settings, start):
@@ -1453,6 +1482,11 @@ def resolve(command, given):
     found = {"output_dir": str(output), "model": s.model or str(base if s.data == "toy" or base.exists() else LLAMA2)}
     if command == "ppo":
         found["reward"] = s.reward or str(output / "reward")
+    for name in filter(None, getattr(s, "report_to", "").split(",")):
+        if name not in ("tensorboard", "wandb"):
+            raise ValueError(f"--report-to {s.report_to}: choose tensorboard, wandb, or tensorboard,wandb")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report-to {name}: it is not installed; run: .venv/bin/pip install {name}")
     cuda = torch.cuda.is_available()
     if s.device.startswith("cuda") and not cuda:
         raise ValueError(f"--device {s.device}: this machine shows no GPU; use --device cpu")

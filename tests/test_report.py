@@ -14,6 +14,7 @@ import torch
 
 import data
 import lastmile
+import model
 import ppo
 import report
 
@@ -390,3 +391,62 @@ def test_print_keeps_the_colours_and_what_they_say(open_page):
     for kind, line in (("r0", "dashed"), ("r8", "solid")):
         style = f".scale .{kind}", "x => [getComputedStyle(x).borderBottomStyle, getComputedStyle(x).printColorAdjust]"
         assert page.eval_on_selector(*style) == [line, "exact"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --report-to
+
+TINY = "--max-steps 3 --train-examples 14"
+
+WANDB = """
+class Error(Exception): pass
+calls = []
+class Run:
+    def log(self, numbers, step): calls.append((step, numbers))
+    def finish(self): calls.append("finish")
+def init(**settings):
+    calls.append(settings)
+    return Run()
+"""
+
+
+def test_wandb_hears_every_step(fresh_run, tmp_path, monkeypatch):
+    """The numbers of metrics.jsonl, none more and none less; and they change no result."""
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(os.sys.modules, "wandb", raising=False)
+    assert fresh_run("mle", *TINY.split()) == 0
+    before = (fresh_run.folder / "mle" / "adapter_model.safetensors").read_bytes()
+    assert fresh_run("mle", *TINY.split(), "--report-to", "wandb", "--overwrite") == 0
+    import wandb
+
+    first, *steps, last = wandb.calls
+    rows = [json.loads(line) for line in (fresh_run.folder / "mle" / "metrics.jsonl").read_text().splitlines()]
+    assert first["name"] == "toy mle" and first["config"]["max_steps"] == 3 and last == "finish"
+    assert [{"step": step} | numbers for step, numbers in steps] == rows
+    assert (fresh_run.folder / "mle" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_tensorboard_hears_every_step(fresh_run):
+    """What is written can be read back by tensorboard itself; --overwrite leaves no second run beside the first."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard: make setup")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        assert fresh_run("mle", *TINY.split(), "--report-to", "tensorboard", "--overwrite") == 0
+    found = EventAccumulator(str(fresh_run.folder / "tensorboard" / "mle")).Reload()
+    rows = [json.loads(line) for line in (fresh_run.folder / "mle" / "metrics.jsonl").read_text().splitlines()]
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("mlflow", "choose tensorboard, wandb"), ("wandb", "not installed; run: .venv/bin/pip install")]
+)
+def test_a_logger_that_is_not_there_is_said_first(fresh_run, value, said, monkeypatch, capsys):
+    """One line before any work: not after the model has been loaded, or the first step made."""
+    find = lastmile.importlib.util.find_spec
+    monkeypatch.setattr(lastmile.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("the model was loaded"))
+    assert fresh_run("mle", "--report-to", value) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (fresh_run.folder / "mle.partial").exists()
