@@ -1213,7 +1213,7 @@ def write_report(settings):
         raise FileNotFoundError(f"{run}: no stage has run there yet; run: {how}")
     if settings.dry_run:
         return
-    facts = f"lastmile {commit()}, {run.resolve()}"
+    facts = f"{run}, reported by lastmile {commit()}"
     content = visible(reporting.page(Path(settings.data).stem, facts, sections))  # whatever of it came from the data
     file, hidden = run / "report.html", run / ".report.html"
     try:
@@ -1225,40 +1225,45 @@ def write_report(settings):
     say(f"The report lies in {file.resolve()}; open it in a browser")
 
 
+def settings_of(run, command):
+    """The settings that a stage of the run was made with; the defaults where it is not there."""
+    file = run / command / "config.json"
+    return COMMANDS[command][0](**(read_settings(str(file), command) if file.is_file() else {}))
+
+
 def examine(settings, columns, rows):
     """(examples, note) for report.gallery: the reference and all outputs of some test inputs, token by token.
 
     One pass of the reward model and one of the value for each input; without their adapters, the texts alone.
     """
-    run, names = Path(settings.output_dir), [name for name in columns if name not in ("id", "source")]
-    ppo_file, eval_file = run / "ppo" / "config.json", run / "eval" / "config.json"
-    s = Ppo(**read_settings(str(ppo_file), "ppo")) if ppo_file.is_file() else Ppo()
-    cap = Eval(**read_settings(str(eval_file), "eval")).max_new_tokens if eval_file.is_file() else Eval.max_new_tokens
-    places = {"reward": next(filter(Path.is_dir, (Path(s.reward or run / "reward"), run / "reward")), None),
-              "value": run / "ppo" / "value"}  # fmt: skip
-    adapters = [name for name, place in places.items() if places["reward"] and place.is_dir()]
-    if adapters:
-        llama, tokenizer = open_base(settings)
-    for name in adapters:
-        llama.load_adapter(name, places[name], head=True)
-    examples, same = [], 0
-    for i in rows if not settings.dry_run else ():
-        texts = {name: columns[name][i] for name in names}
-        if adapters:
-            raw = {name: columns[name.removesuffix(" cleaned")][i] for name in names}
-            outputs = tokens_of(tokenizer, texts, raw, cap)
-            same += sum("".join(token["text"] for token in outputs[name]["tokens"] if "end" not in token) == text
-                        for name, text in texts.items())  # fmt: skip
-            add_numbers(s, llama, tokenizer.prompts([columns["source"][i]])[0], outputs, adapters)
-        else:
-            outputs = {name: {"tokens": [{"text": text}], "cut": False} for name, text in texts.items()}
-        examples.append({"id": columns["id"][i], "source": columns["source"][i], "outputs": outputs})
-    if not adapters:
+    run, shown = Path(settings.output_dir), [name for name in columns if name not in ("id", "source")]
+    s, cap = settings_of(run, "ppo"), settings_of(run, "eval").max_new_tokens
+    reward, value = Path(s.reward or run / "reward"), run / "ppo" / "value"
+    reward = reward if reward.is_dir() else run / "reward"  # the run may have been moved
+    adapters = {name: path for name, path in (("reward", reward), ("value", value)) if path.is_dir()}
+    examples = [{"id": columns["id"][i], "source": columns["source"][i]} for i in rows]
+    if "reward" not in adapters:
+        for i, example in zip(rows, examples, strict=True):
+            example["outputs"] = {name: {"tokens": [{"text": columns[name][i]}], "cut": False} for name in shown}
         return examples, "There is no reward model in this run, so the outputs bear no numbers."
+    llama, tokenizer = open_base(settings)
+    for name, path in adapters.items():
+        llama.load_adapter(name, path, head=True)
+    if settings.dry_run:
+        plan(settings, llama, [])
+        return [], ""
+    same = 0
+    for i, example in zip(rows, examples, strict=True):
+        texts = {name: columns[name][i] for name in shown}
+        raw = {name: columns[name.removesuffix(" cleaned")][i] for name in shown}
+        outputs = example["outputs"] = tokens_of(tokenizer, texts, raw, cap)
+        add_numbers(s, llama, tokenizer.prompts([columns["source"][i]])[0], outputs, adapters)
+        for name, output in outputs.items():
+            same += "".join(token["text"] for token in output["tokens"] if "end" not in token) == texts[name]
     return examples, (
-        f"The outputs were encoded again from their texts: {same} of {len(rows) * len(names)} give the same text back, "
+        f"The outputs were encoded again from their texts: {same} of {len(rows) * len(shown)} give the same text back, "
         f"and one of {cap} tokens or more counts as cut by the cap. A token's reward is its score by the reward model, "
-        f"less {s.length_penalty:g} beyond the reference's length. "
+        f"less {s.length_penalty:g} beyond the reference's length{', without the cost of KL' if s.kl_coef else ''}. "
         + (f"Advantages: equation 2, gamma {s.gamma:g}, lambda {s.lam:g}." if "value" in adapters else
            "There is no value model in this run.")
     )  # fmt: skip

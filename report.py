@@ -25,11 +25,11 @@ CHARTS = {  # title: (keys of metrics.jsonl, what is to be seen)
     "score": (["positive", "negative"], "mean over true and false tokens"),
     "return": (["return"], "reward of a whole output"),
     "reward": (["reward"], "of a token, penalty included"),
-    "length": (["length", "reference_length"], "tokens a sample, tokens a reference"),
+    "length": (["length", "reference_length"], "tokens, of samples and references"),
     "no_eos": (["no_eos"], "share of outputs cut by the cap"),
-    "kl": (["kl"], "policy against base, nats a token"),
+    "kl": (["kl"], "policy from base, nats a token"),
     "entropy": (["entropy"], "of the policy, nats a token"),
-    "explained_variance": (["explained_variance"], "of returns, by the value"),
+    "explained_variance": (["explained_variance"], "variance of returns foreseen"),
     "advantage": (["advantage"], "mean over tokens"),
     "policy_loss": (["policy_loss"], "equation 3, negated"),
     "value_loss": (["value_loss"], "squared error to the return"),
@@ -69,39 +69,36 @@ def number(x, digits=3):
 
 
 class Frame:
-    """An SVG plot of 300 by 150: its scales, its grid, and what is drawn in it, cut at its edges."""
+    """An SVG plot of 300 by 150: its scales, its grid, and the paths drawn in it, cut at its edges."""
 
     left, top, width, height = 42, 6, 252, 120
 
     def __init__(self, x, y):
-        self.x, self.y, self.parts = x, y, []  # (low, high) of both axes
+        self.x, self.y, self.paths = x, y, []  # x, y: (low, high)
 
-    def at(self, x, y):
-        (x0, x1), (y0, y1) = self.x, self.y
-        return f"{(x - x0) / (x1 - x0 or 1) * self.width:.1f} {(1 - (y - y0) / (y1 - y0 or 1)) * self.height:.1f}"
+    def across(self, x):
+        return (x - self.x[0]) / (self.x[1] - self.x[0]) * self.width
 
-    def draw(self, path, kind):
-        self.parts.append(f'<path class="{kind}" d="{path}"/>')
+    def down(self, y):
+        return (self.y[1] - y) / (self.y[1] - self.y[0]) * self.height
 
-    def line(self, points, kind):
-        self.draw("M" + "L".join(self.at(*point) for point in points), kind)
-
-    def dots(self, points, kind):
-        self.draw("".join(f"M{self.at(*point)}h0" for point in points), f"dots {kind}")
+    def draw(self, kind, points, then="L"):
+        """A path through points of a CSS class; then: what SVG is to do from each to the next."""
+        path = then.join(f"{self.across(x):.1f} {self.down(y):.1f}" for x, y in points)
+        self.paths.append(f'<path class="{kind}" d="M{path}h0"/>')
 
     def svg(self, label):
         grid = []
         for y in ticks(*self.y):
-            place = self.top + float(self.at(self.x[0], y).split()[1])
+            place = self.top + self.down(y)
             grid.append(f'<path class="rule" d="M{self.left} {place:.1f}h{self.width}"/>')
             grid.append(f'<text x="{self.left - 5}" y="{place + 3.5:.1f}" text-anchor="end">{number(y, 5)}</text>')
         for x in ticks(*self.x, 3):
-            place = self.left + float(self.at(x, self.y[0]).split()[0])
-            anchor = "end" if place > self.left + self.width - 12 else "middle"
+            place, anchor = self.left + self.across(x), "end" if self.across(x) > self.width - 12 else "middle"
             grid.append(f'<text x="{place:.1f}" y="144" text-anchor="{anchor}">{number(x, 5)}</text>')
         return (f'<svg viewBox="0 0 300 150" role="img" aria-label="{esc(label)}">{"".join(grid)}'
                 f'<svg x="{self.left}" y="{self.top}" width="{self.width}" height="{self.height}">'
-                f"{''.join(self.parts)}</svg></svg>")  # fmt: skip
+                f"{''.join(self.paths)}</svg></svg>")  # fmt: skip
 
 
 def figure(title, gloss, keys, frame, label):
@@ -117,13 +114,13 @@ def chart(title, rows):
     truth = [row for row in rows if row.get("ground_truth") is True]
     sampled = [row for row in rows if row.get("ground_truth") is not True]
     if len(names) == 1 and truth:
-        wanted = [("sampled", names[0], sampled), ("ground truth", names[0], truth)]
+        wanted = [("sampled", names[0], sampled), ("truth", names[0], truth)]
     else:
         wanted = [(name if names[1:] else "at the end", name, sampled) for name in names]
     series = []
     for name, key, found in wanted:
         points = [(row.get("step"), row.get(key)) for row in found]
-        points = [point for point in points if all(type(x) in (int, float) and math.isfinite(x) for x in point)]
+        points = [point for point in points if all(type(x) in (int, float) and -1e30 < x < 1e30 for x in point)]
         if points:
             x, y = zip(*points, strict=True)
             series.append((name, points, list(zip(x, smooth(y, len(y) // 16), strict=True))))
@@ -134,12 +131,11 @@ def chart(title, rows):
     low, high = raw[cut], raw[-1 - cut]
     margin = 0.04 * (high - low) or abs(high) * 0.04 or 1
     frame = Frame((0, max(x for _, points, _ in series for x, _ in points) or 1), (low - margin, high + margin))
-    kinds = [f"s{i}" for i in range(len(series))]
-    for kind, (_, points, _) in zip(kinds, series, strict=True):
-        frame.dots(points[:: len(points) // 400 + 1], kind)
-    for kind, (_, _, line) in zip(kinds, series, strict=True):
-        frame.line([*line[: -1 : len(line) // 150 + 1], line[-1]], kind)
-    keys = [(name, kind, number(line[-1][1])) for kind, (name, _, line) in zip(kinds, series, strict=True)]
+    for i, (_, points, _) in enumerate(series):
+        frame.draw(f"dots s{i}", points[:: len(points) // 400 + 1], "h0M")
+    for i, (_, _, line) in enumerate(series):
+        frame.draw(f"s{i}", [*line[: -1 : len(line) // 150 + 1], line[-1]])
+    keys = [(name, f"s{i}", number(line[-1][1])) for i, (name, _, line) in enumerate(series)]
     label = "; ".join(f"{name} from {number(line[0][1])} to {number(line[-1][1])}" for name, _, line in series)
     return figure(title, gloss, keys, frame, f"{title} over {len(rows)} steps: {label}")
 
@@ -162,7 +158,7 @@ def table(rows, label):
     """Rows of strings, as eval.cells makes them, the header first. The paper's columns and " ±" are set in grey."""
 
     def cell(i, text, tag):
-        ours, sign, half = esc(text).partition(" ±")
+        ours, sign, half = esc(text.replace("-", "−") if i else text).partition(" ±")
         kind = ' class="paper"' if rows[0][i] == "paper" else ""
         return f"<{tag}{kind}>{ours}{f' <small>±{half}</small>' if sign else ''}</{tag}>"
 
@@ -204,9 +200,9 @@ def lengths(columns):
         for i, share in enumerate(shares[name]):
             if share:
                 corners = ((i * width, 0), (i * width, share), ((i + 1) * width, share), ((i + 1) * width, 0))
-                frame.line(corners, "bar")
+                frame.draw("bar", corners)
         steps = [(x * width, y or -1) for i, y in enumerate(shares["reference"]) for x in (i, i + 1)]
-        frame.line([(0, -1), *steps, (steps[-1][0], -1)], "s1")  # -1: below the frame, which cuts it off
+        frame.draw("s1", [(0, -1), *steps, (steps[-1][0], -1)])  # -1: below the frame, which cuts it off
         said = f"median {middle[name]:g}"
         keys = [(name, "bar", said), ("reference", "s1", f"median {middle['reference']:g}")]
         figures.append(figure(name, "", keys, frame, f"{name}: {said} words, reference {middle['reference']:g}"))
@@ -295,7 +291,7 @@ def switch(scale):
 def gallery(examples, note):
     """examples: [{"id", "source", "outputs": {name: see output_html}}]; note: what the numbers rest on."""
     scale = scales(examples)
-    parts = [f"<p>{esc(note)} {HELP if scale else ''}</p>", switch(scale) if scale else ""]
+    parts = [f"<p>{esc(note)}</p>", f"<p>{HELP}</p>{switch(scale)}" if scale else ""]
     for example in examples:
         outputs = "".join(output_html(name, output, scale) for name, output in example["outputs"].items())
         parts.append(f'<article><h3>{esc(example["id"])}</h3><p class="source" dir="auto">{esc(example["source"])}</p>'
@@ -323,7 +319,7 @@ def palette(colours):
 
 def token_rules():
     """For each of r, v, a and each level: the background, and the underline that says the same without colour."""
-    rules = []
+    rules = [".t{background:var(--r);border-bottom:var(--rl)}"]
     for i in range(9):
         kind, colour = ("dashed", "orange") if i < 4 else ("solid", "blue")
         line = f"{abs(i - 4) * 0.6:.1f}px {kind} var(--{colour})"
@@ -344,7 +340,7 @@ h2{font-size:1.35rem;margin:3rem 0 .5rem;padding-top:.75rem;border-top:1px solid
 h3{font-size:1.05rem;margin:1.75rem 0 .6rem;overflow-wrap:anywhere} h4{font-size:.95rem;margin:0 0 .25rem}
 p{margin:.4rem 0;max-width:46rem}
 section>p,header p{color:var(--faint);font-size:.9rem;overflow-wrap:anywhere}
-small{font-size:.8rem;font-weight:400;color:var(--faint)}
+small{font-size:.82em;font-weight:400;color:var(--faint)} figcaption small{display:block}
 a{color:var(--blue)}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin-top:.5rem} nav a{padding:.25rem 0}
 :focus-visible{outline:2px solid var(--blue);outline-offset:2px}
@@ -355,8 +351,8 @@ svg{display:block;width:100%;height:auto} svg text{font-size:11px;fill:var(--fai
 path{fill:none;stroke-linejoin:round;stroke-linecap:round} path.rule{stroke:var(--rule)}
 .s0{stroke:var(--blue);stroke-width:1.8} .s1{stroke:var(--orange);stroke-width:1.8;stroke-dasharray:5 3.5}
 .dots{stroke-width:2.4;stroke-dasharray:none;opacity:.25} .bar{fill:var(--t7);stroke:var(--blue);stroke-width:.6}
-.legend{display:flex;flex-wrap:wrap;gap:0 1rem;margin:.1rem 0 0;font-size:.8rem;font-variant-numeric:tabular-nums}
-.legend i{display:inline-block;width:1.4rem;margin-right:.35rem;vertical-align:.25em;border-top:2px solid var(--blue)}
+.legend{display:flex;flex-wrap:wrap;gap:0 .9rem;margin:.1rem 0 0;font-size:.8rem;font-variant-numeric:tabular-nums}
+.legend i{display:inline-block;width:1.2rem;margin-right:.35rem;vertical-align:.25em;border-top:2px solid var(--blue)}
 .legend .s1{border-top:2px dashed var(--orange)}
 .legend .bar{border-top:.6rem solid var(--t7);vertical-align:0;print-color-adjust:exact}
 
@@ -368,14 +364,15 @@ tbody tr+tr>*{border-top:1px solid var(--rule)} .paper{color:var(--faint);font-w
 th:first-child{position:sticky;left:0;background:var(--page);text-align:left;padding-left:0}
 
 fieldset{position:sticky;top:0;z-index:1;margin:1rem 0;padding:.5rem 0;border:0;border-bottom:1px solid var(--rule);
- background:var(--page);display:flex;flex-wrap:wrap;align-items:center;gap:.1rem 1.1rem}
-legend{float:left;font-size:.9rem;color:var(--faint);padding:0}
+ background:var(--page);display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .8rem;font-size:.9rem}
+legend{float:left;color:var(--faint);padding:0}
 label{padding:.3rem 0;cursor:pointer} input{accent-color:var(--blue)}
 .scale{display:none;flex:1 1 18rem;max-width:30rem;margin:0;font-size:.7rem;font-variant-numeric:tabular-nums}
 .scale i{flex:1;height:1.35rem;padding:.1rem .15rem 0 0;font-style:normal;text-align:right;white-space:nowrap}
 article{margin-bottom:3rem}
 .source{white-space:pre-wrap;overflow-wrap:anywhere;padding-left:1rem;border-left:3px solid var(--rule)}
-.outputs{display:grid;gap:1.25rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+.outputs{display:grid;gap:1.25rem 2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));
+ margin-top:1rem}
 .outputs>div{break-inside:avoid;min-width:0}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:2;margin:0}
 .t{padding:.1em 0;border-radius:2px;cursor:default;print-color-adjust:exact;-webkit-print-color-adjust:exact}
@@ -388,10 +385,10 @@ article .t:focus::after,article .t:hover::after{content:attr(title);position:fix
  white-space:normal}
 
 @media print{
- body{padding:0;font-size:9pt;max-width:none} nav,input,label:not(:has(:checked)){display:none}
+ :root{font-size:9pt} body{padding:0;max-width:none} nav,input,label:not(:has(:checked)){display:none}
  fieldset,th:first-child{position:static}
  h2,h3,h4{break-after:avoid} h2{margin-top:1.5rem} .wide{overflow:visible}
- table{font-size:6.5pt} td,th{padding:.1rem .2rem}
+ td,th{padding:.15rem .3rem}
  .grid{grid-template-columns:repeat(3,1fr);gap:.75rem} .outputs{grid-template-columns:repeat(2,1fr)}
 }
 """

@@ -116,13 +116,15 @@ def test_sampled_and_true_batches_stand_apart():
     """Their returns differ by a hundred: one line through both would show the mixture, not the learning."""
     rows = [{"step": i, "ground_truth": i % 2 == 1, "return": 10.0 if i % 2 else -100.0} for i in range(64)]
     drawn = Page(report.chart("return", rows))
-    assert "sampled −100" in drawn.text and "ground truth 10" in drawn.text
+    assert "sampled −100" in drawn.text and "truth 10" in drawn.text
 
 
 def test_numbers_that_cannot_be_drawn_are_left_out():
     """A loss of nan, a KL that most steps lack, or no such key at all is no reason to have no page."""
     rows = [{"step": i, "loss": x} for i, x in enumerate([1.0, math.nan, None, "x", math.inf, True, 2.0])]
-    assert "nan" not in (drawn := report.chart("loss", rows)) and "inf" not in drawn and drawn.count("h0") == 2
+    drawn = report.chart("loss", [*rows, {"step": 7, "loss": 10**400}])
+    assert re.search('class="dots s0" d="([^"]*)"', drawn)[1].count("h0") == 2
+    assert "nan" not in drawn and "inf" not in drawn
     assert report.chart("kl", rows) == ""
 
 
