@@ -345,7 +345,7 @@ a{color:var(--blue)}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin-top:.5rem} nav a{padding:.25rem 0}
 :focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 
-.grid{display:grid;gap:1.5rem;align-items:end;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
+.grid{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr))}
 figure{margin:0;break-inside:avoid} figcaption{line-height:1.3;margin-bottom:.3rem}
 svg{display:block;width:100%;height:auto} svg text{font-size:11px;fill:var(--faint);font-variant-numeric:tabular-nums}
 path{fill:none;stroke-linejoin:round;stroke-linecap:round} path.rule{stroke:var(--rule)}
@@ -366,7 +366,7 @@ th:first-child{position:sticky;left:0;background:var(--page);text-align:left;pad
 fieldset{position:sticky;top:0;z-index:1;margin:1rem 0;padding:.5rem 0;border:0;border-bottom:1px solid var(--rule);
  background:var(--page);display:flex;flex-wrap:wrap;align-items:center;gap:.1rem .8rem;font-size:.9rem}
 legend{float:left;color:var(--faint);padding:0}
-label{padding:.3rem 0;cursor:pointer} input{accent-color:var(--blue)}
+label{padding:.3rem 0;cursor:pointer;white-space:nowrap} input{accent-color:var(--blue)}
 .scale{display:none;flex:1 1 18rem;max-width:30rem;margin:0;font-size:.7rem;font-variant-numeric:tabular-nums}
 .scale i{flex:1;height:1.35rem;padding:.1rem .15rem 0 0;font-style:normal;text-align:right;white-space:nowrap}
 article{margin-bottom:3rem}
@@ -384,6 +384,7 @@ article .t:focus::after,article .t:hover::after{content:attr(title);position:fix
  padding:.6rem 1rem;background:var(--text);color:var(--page);font-size:.85rem;line-height:1.4;text-align:center;
  white-space:normal}
 
+@media (max-width:26rem){legend{position:absolute;clip-path:inset(50%)} fieldset{gap:.1rem 1.2rem}}
 @media print{
  :root{font-size:9pt} body{padding:0;max-width:none} nav,input,label:not(:has(:checked)){display:none}
  fieldset,th:first-child{position:static}
