@@ -727,7 +727,8 @@ class Run:
         if self.bar is not None:
             self.bar.close()
         for _, close in self.loggers:
-            close()
+            with suppress(OSError):
+                close()
         if kind is FloatingPointError:
             file = self.folder / "bad_batch.json"
             write_json(file, {"step": self.step, "ids": [self.rows[i].id for i in self.index]})
