@@ -1,4 +1,4 @@
-"""The report: one HTML file that shows a run, with nothing outside of it: no server, no network, no fonts, no scripts.
+"""The report: one HTML file that shows a run, with nothing outside of it: no server, no network, no fonts.
 
 Numbers and texts in, HTML out; nothing here reads a file or knows a tensor. All text of others passes through `esc`;
 there is no JSON in the page, and its only script moves the focus along a text's tokens by the arrow keys.
