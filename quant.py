@@ -324,7 +324,7 @@ def triton_matmul(x, tiles):
     S = max(1, min(PROGRAMS // (grid[0] * grid[1]), T // 2, 16))  # two tiles at least: one loads, one is computed
     parts = torch.empty(S, M, N, dtype=x.dtype if S == 1 else torch.float32, device=x.device)
     _matmul_kernel[(*grid, S)](
-        x.contiguous(), tiles.words, tiles.steps, parts, M, N, T,
+        x.contiguous(), tiles.words.contiguous(), tiles.steps.contiguous(), parts, M, N, T,
         BLOCK_M, BLOCK_N, stages, SLOTS=4 * T // len(tiles.steps), num_warps=warps, **FUSED,
     )  # fmt: skip
     if S == 1:
@@ -350,7 +350,8 @@ def triton_dequantize(tiles, dtype, shared=False):
     if shared:
         SCRATCH[key] = out
     slots = 4 * T // len(tiles.steps)
-    _dequantize_kernel[P // 128, T](*tiles[:3], out, P, BLOCK_N=128, SLOTS=slots, num_warps=2, **FUSED)
+    words, steps = tiles.words.contiguous(), tiles.steps.contiguous()  # copies for one of several joined layers alone
+    _dequantize_kernel[P // 128, T](words, steps, tiles.order, out, P, BLOCK_N=128, SLOTS=slots, num_warps=2, **FUSED)
     return out[: tiles.K * P].view(tiles.K, P)[:, : tiles.N]
 
 
