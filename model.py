@@ -204,9 +204,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
 
     def forward(self, x):  # (B, T, C)
-        y = x.float()  # squares overflow fp16 and lose too much in bf16
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in fp32 inside: squares overflow fp16
 
 
 def rope_frequency(config, device):
@@ -305,6 +303,20 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D), adapter)  # (B, T, C)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, (…, F) both. Keeps the two for backward and makes silu(gate) anew: an eighth less memory."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+
 class MLP(nn.Module):
     def __init__(self, config, linear):
         super().__init__()
@@ -314,7 +326,7 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)
-        return self.down_proj(F.silu(gate) * up, adapter)
+        return self.down_proj(SwiGLU.apply(gate, up), adapter)
 
 
 class Block(nn.Module):
@@ -729,12 +741,16 @@ def merge(llama, adapter, dtype=torch.float16):
     llama.to(dtype)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention that keeps no (T, T) matrix, as kernels of CPU and GPU do; that of the meta device keeps several."""
+class Fused(TorchFunctionMode):
+    """Attention and norms that keep no more than the kernels of CPU and GPU do; those of the meta device keep several
+    (T, T) matrices and fp32 copies.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], is_causal=True)[0]
+        if function is F.rms_norm:
+            return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
         return function(*args, **(kwargs or {}))
 
 
@@ -756,7 +772,7 @@ def kept_bytes(llama, B, T, adapter):
         kept[t.untyped_storage()._cdata] = t  # once, however many operations share it
         return t
 
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with Fused(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter)
     del h
     return sum(t.untyped_storage().nbytes() for storage, t in kept.items() if storage not in constant)

@@ -56,7 +56,7 @@ def tiny_llama(size, packed=False):
             N, K = layer.base.weight.shape
             packed_layer = quant.QuantLinear(K, N, 32)
             names = ("qweight", "qzeros", "scales", "g_idx")
-            for name, tensor in zip(names, quant.round_to_nearest(layer.base.weight, 32), strict=True):
+            for name, tensor in zip(names, quant.round_to_nearest(layer.base.weight.detach(), 32), strict=True):
                 setattr(packed_layer, name, tensor)
             layer.base = packed_layer
     return llama.requires_grad_(False)
