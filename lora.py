@@ -51,9 +51,13 @@ class LoRALinear(nn.Module):
         self.lora_B[name] = nn.Parameter(torch.zeros(N, r, device=device))
         self.scaling[name] = alpha / r
 
-    def delta(self, x, name):
+    def plus(self, y, x, name):
+        """y + the adapter's term, y (…, N) being what the base made of x (…, K): two products, the second onto y."""
+        if name not in self.lora_A:
+            return y
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        return F.linear(F.linear(x, A) * self.scaling[name], B)  # (…, N); scaled at width R, the cheaper place
+        low = F.linear(x.flatten(0, -2), A)  # (M, R)
+        return torch.addmm(y.flatten(0, -2), low, B.T, alpha=self.scaling[name]).view(y.shape)
 
     def merged(self, weight, name):
         """The base's weight with an adapter folded in: (N, K) fp32 -> (N, K) fp32."""
@@ -69,10 +73,10 @@ class LoRALinear(nn.Module):
         if adapter is None or not self.lora_A:
             return y
         if isinstance(adapter, str):
-            return y + self.delta(x, adapter) if adapter in self.lora_A else y
+            return self.plus(y, x, adapter)
         rows = [n for _, n in adapter]
         parts = zip(adapter, x.split(rows), y.split(rows), strict=True)
-        return torch.cat([y + self.delta(x, name) if name in self.lora_A else y for (name, _), x, y in parts])
+        return torch.cat([self.plus(y, x, name) for (name, _), x, y in parts])
 
 
 def project(layers, x, adapter=None):

@@ -225,16 +225,20 @@ def rope_frequency(config, device):
 
 
 def rope_table(positions, config):
-    """cos and sin of every position's angles: (…, T) -> two (…, 1, T, D), in fp32 (a bf16 angle is off by radians)."""
+    """cos and sin of every position's angles: (…, T) -> two (…, 1, T, D), in fp32 (a bf16 angle is off by radians).
+
+    Dimension i and i + D/2 share an angle; the sin of the first half is negative, as `rotate` needs it.
+    """
     frequency = rope_frequency(config, positions.device)  # (D/2,)
     angle = positions.float()[..., None, :, None] * frequency  # (…, 1, T, D/2)
-    angle = torch.cat([angle, angle], dim=-1)  # (…, 1, T, D): dimension i and i + D/2 share an angle
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x, cos, sin):  # (B, H, T, D)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+def rotate(x, cos, sin):
+    """x (B, H, T, D): each pair (a, b) = (x_i, x_(i + D/2)) becomes (a cos - b sin, b cos + a sin)."""
+    swapped = x.roll(x.shape[-1] // 2, -1)  # (b, a)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class KVCache:
@@ -394,7 +398,8 @@ class Llama(nn.Module):
         if head.requires_grad or head.device.type != "cpu":
             return F.linear(h, head).float()
         if self.columns is None or self.columns.dtype != head.dtype:
-            self.columns = head.T.contiguous()  # (C, V): decoding on a CPU reads it a third faster
+            with torch.inference_mode(False):  # sampling may come here first, and then autograd
+                self.columns = head.T.contiguous()  # (C, V): decoding on a CPU reads it a third faster
         return (h @ self.columns).float()
 
     def scalar(self, h, adapter):

@@ -198,10 +198,10 @@ def mle_stage(llama, tokenizer, batch):
     llama.requires_grad_(False)
     title("lora")
     print(f"largest change of a logp by a fresh adapter: {number((logps[0] - base).abs().max().item())}")
-    layer, x = llama.model.layers[0].self_attn.q_proj, torch.ones(64)
+    layer, x, zeros = llama.model.layers[0].self_attn.q_proj, torch.ones(1, 64), torch.zeros(1, 64)
     A, B = layer.lora_A["mle"].tolist(), layer.lora_B["mle"].tolist()
     delta = 16 / 32 * sum(B[0][r] * sum(A[r]) for r in range(32))  # of an x of ones
-    by_hand("(alpha / r) sum_r B[0, r] sum_k A[r, k]", delta, "LoRALinear.delta", layer.delta(x, "mle")[0], 3)
+    by_hand("(alpha / r) sum_r B[0, r] sum_k A[r, k]", delta, "LoRALinear.plus", layer.plus(zeros, x, "mle")[0, 0], 3)
     title("mle")
     kept = logps[0][batch.mask].tolist()
     by_hand(f"-sum(logp) / {len(kept)}, at first", -sum(kept) / len(kept), "ppo.mle_loss",

@@ -235,6 +235,10 @@ def test_the_head_by_columns_follows_its_weight(run_folder):
     llama.to(torch.float64)
     assert torch.allclose(llama.logits(llama(tokens)), llama.logits(h.double()), atol=1e-4)
     llama.to(torch.float32)
+    llama.columns = None
+    with torch.inference_mode():  # as PPO does, which samples first
+        llama.logits(h)
+    llama.logits(h.clone().requires_grad_()).sum().backward()
     head.requires_grad_(True)
     head.data.mul_(2)
     assert torch.equal(llama.logits(h), torch.nn.functional.linear(h, head))

@@ -9,8 +9,9 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
     statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
     a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
 
-Both sides have the same random weights: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000. First asserted are
-the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same log-probabilities to 1e-4 (C3).
+Both sides have the same random weights, ours in 4 bits: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000.
+First asserted are the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same
+log-probabilities to 1e-4 (C3).
 
 Each side multiplies as its users' programs do: ours by oneDNN, to which lastmile.py turns (model.prefer_onednn), theirs
 by torch's default. The last column says what is left where the peer is given the same switch.
@@ -43,14 +44,14 @@ HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartil
 
 
 def twin(llama):
-    """The same Llama in transformers."""
+    """The same Llama in transformers, its 4-bit weights written out in fp32, as we keep them on a CPU."""
     c = llama.config
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings")  # fmt: skip
     config = transformers.LlamaConfig(**{name: getattr(c, name) for name in names}, attn_implementation="sdpa")
     theirs = transformers.LlamaForCausalLM(config).eval()
-    state = {name: t for name, t in llama.state_dict().items() if "lora_" not in name and "score" not in name}
-    tensors = {name.replace(".base.", "."): t for name, t in state.items()}
+    tensors = {name: t for name, t in llama.state_dict().items() if "_proj" not in name and "score" not in name}
+    tensors |= {f"{path}.weight": layer.base.weight(torch.float32).T for path, layer in model.lora_layers(llama)}
     missing = theirs.load_state_dict(tensors, strict=False)
     assert missing == (["lm_head.weight"], []), missing  # the tied head
     theirs.tie_weights()
@@ -81,7 +82,7 @@ def line(id, size, what, ours, theirs, seconds, results, note=""):
 
 
 def c1(size, seconds, results):
-    llama = common.tiny_llama(size)
+    llama = common.tiny_llama(size, packed=True)
     common.add_adapter(llama, "policy")
     prompts = [row.prompt for row in common.random_rows(B, PROMPT, NEW)]
     ids = torch.tensor(prompts)
@@ -115,7 +116,7 @@ def c1(size, seconds, results):
 
 
 def c2(size, seconds, results):
-    llama = common.tiny_llama(size)
+    llama = common.tiny_llama(size, packed=True)
     common.add_adapter(llama, "mle")
     theirs = with_adapter(twin(llama), llama, "mle")
     rows = common.random_rows(B, PROMPT, NEW)
@@ -141,7 +142,7 @@ def c2(size, seconds, results):
 def c3(size, seconds, results):
     import trl
 
-    llama = common.tiny_llama(size)
+    llama = common.tiny_llama(size, packed=True)
     settings = steps.settings("ppo")
     steps.add_adapters("ppo", llama, settings)
     hf = trl.AutoModelForCausalLMWithValueHead.from_pretrained(with_adapter(twin(llama), llama, "policy"))
