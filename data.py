@@ -589,7 +589,10 @@ def train_tokenizer(texts, vocab_size, folder):
 
 @dataclass(frozen=True)
 class Datum:
-    """One prompt with one response. `kind` is "positive" or the name of a class of negatives."""
+    """One prompt with one response. `kind` is "positive" or the name of a class of negatives.
+
+    span: (start, end), the tokens of the response that the label is about, all others being good; None: all of them.
+    """
 
     id: str
     source: str
@@ -599,6 +602,7 @@ class Datum:
     label: float = 1.0
     weight: float = 1.0
     kind: str = "positive"
+    span: tuple | None = None
 
 
 def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append_eos=True):
@@ -676,20 +680,152 @@ NEGATIVES = {
 }
 
 
-def with_negatives(data, tokenizer, limit, seed):
+# ----------------------------------------------------------------------------------------------------------------------
+# Hallucinations, a class of negatives beyond the paper: the true output with ONE edit, so that it is known which tokens
+# are false. Each kind: (datum, other) -> list of (start, end, new): characters of the target, and what replaces them.
+# Words and grammar are English; where nothing fits a kind, another one is drawn.
+
+
+def groups(*lines):
+    """Words that can stand in one another's place, a line each."""
+    return [line.split() for line in lines]
+
+
+CALENDAR = groups(
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "today tonight tomorrow yesterday",
+    "January February March April May June July August September October November December",
+    "morning afternoon evening", "noon midnight dawn dusk", "week weekend month year", "hour day",
+)  # fmt: skip
+NUMBERS = groups(
+    "two three four five six seven eight nine ten eleven twelve", "twenty thirty forty", "hundred thousand"
+)
+COMMON = groups(
+    "about after again also because been before both could does doing done down during each from have having here into "
+    "just like more most much only other over same should some such than that their them then there these they this "
+    "those through together under until very want wants were what when where which while will with would your"
+)
+PLAIN = {word for group in CALENDAR + NUMBERS + COMMON for word in group}  # neither the name of anyone nor of a thing
+DIGITS = r"(?P<hour>[0-9]{1,2}(?=[:.][0-9]{2}\b| ?[ap]\.?m\b| o['’]clock))([:.][0-9]{2})?|[0-9]+\b"
+VERBS = "(want|like|need|love|know|think|agree|believe|plan|hope|feel|work|live|remember)"
+NEGATIONS = [  # (pattern, what it becomes)
+    (r"\b(is|are|was|were|would|could|should|must)\b(?! not\b|['’])", r"\1 not"),
+    (r"\b(is|are|was|were|would|could|should|must|does|do|did|has|have|had|will)(?: not|n['’]t)\b", r"\1"),
+    (r"\bwill\b(?! not\b|['’])", "won't"), (r"\bwon['’]t\b", "will"),
+    (r"\bcan\b(?! not\b|['’])", "can't"), (r"\b(?:can['’]t|cannot|can not)\b", "can"),
+    (rf"\b{VERBS}s\b", r"doesn't \1"), (rf"\bdoes(?: not|n['’]t) {VERBS}\b", r"\1s"),
+]  # fmt: skip
+
+
+def swaps(text, words, pool):
+    """Each place where one of the words stands in a text, with each other word of the pool: (start, end, other)."""
+    either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    places = re.finditer(rf"(?<!\w)(?:{either})(?!\w)", text) if words else ()
+    return [(*place.span(), word) for place in places for word in pool if word != place[0]]
+
+
+def speakers(datum):
+    return sorted(set(re.findall(r"^([^\s:][^:\n]{0,30}):", datum.source, re.M)))
+
+
+def names(datum):
+    """Who speaks, and the capitalised words inside sentences."""
+    words = re.findall(r"(?<=[\w,;] )[^\W\d_]{2,}\b", f"{datum.source}\n{datum.target}")
+    return sorted({*speakers(datum), *(word for word in words if word.istitle())} - PLAIN)
+
+
+def swap_speaker(datum, other):
+    return swaps(datum.target, speakers(datum), speakers(datum))
+
+
+def swap_name(datum, other):
+    return swaps(datum.target, names(datum), sorted({*names(datum), *names(other)}))
+
+
+def swap_number(datum, other):
+    """The last digit of a number, or a number in words."""
+    ends = [place.end() for place in re.finditer(DIGITS, datum.target) if not place["hour"]]
+    digits = [(end - 1, end, new) for end in ends for new in "123456789" if new != datum.target[end - 1]]
+    return digits + [edit for group in NUMBERS for edit in swaps(datum.target, group, group)]
+
+
+def swap_time(datum, other):
+    """The hour of a clock time, or a word of the calendar."""
+    hours = [place for place in re.finditer(DIGITS, datum.target) if place["hour"]]
+    clock = [(*place.span("hour"), str(h)) for place in hours for h in range(1, 13) if h != int(place["hour"])]
+    return clock + [edit for group in CALENDAR for edit in swaps(datum.target, group, group)]
+
+
+def negate(datum, other):
+    found = [(place, new) for pattern, new in NEGATIONS for place in re.finditer(pattern, datum.target)]
+    return [(*place.span(), place.expand(new)) for place, new in found]
+
+
+def swap_object(datum, other):
+    """A word of the content by another example's that stands behind the same word: "the park", "the cake"."""
+
+    def content(datum):  # words of the target that stand in the source too: [(start, end, word, the word before)]
+        words = set(re.findall(r"\w+", datum.source)) - PLAIN
+        places = [place for place in re.finditer(r"\b[^\W\d_]{4,}\b", datum.target) if place[0] in words]
+        return [(*p.span(), p[0], datum.target[: p.start()].split()[-1:]) for p in places if p[0].islower()]
+
+    foreign = [found for found in content(other) if not re.search(rf"\b{found[2]}\b", datum.source)]
+    return [(*old[:2], new[2]) for old in content(datum) for new in foreign if old[3] == new[3]]
+
+
+EDITS = {
+    "speaker": swap_speaker, "name": swap_name, "number": swap_number, "time": swap_time, "negation": negate,
+    "object": swap_object,
+}  # fmt: skip
+
+
+def hallucinated(datum, other, tokenizer, limit, rng):
+    """The true output with one edit, of a kind drawn among those that apply: (kind, response, span), or three None."""
+    for kind in rng.sample(list(EDITS), len(EDITS)):
+        edits = EDITS[kind](datum, other)
+        if edits:
+            start, end, new = rng.choice(edits)
+            text, rest = datum.target[:start] + new, datum.target[end:]
+            response = [*tokenizer.encode(text + rest), tokenizer.eos]
+            if response != datum.response and len(response) <= limit:
+                return kind, response, touched(datum.response, response, len(rest), tokenizer.decode)
+    return None, None, None
+
+
+def touched(truth, response, rest, decode):
+    """(start, end): the tokens of a response that an edit of its truth has touched; both end with EOS.
+
+    It starts at the first token that differs, since up to there the two are one text, and ends with the last that
+    differs or holds a character of the edit; rest: how many characters follow it. Where the edit only takes away, what
+    differs is the token after the seam.
+    """
+    start = len(os.path.commonprefix([truth, response]))
+    kept = len(os.path.commonprefix([truth[start:][::-1], response[start:][::-1]]))
+    while len(decode(response)) - len(decode(response[: len(response) - kept])) > rest:
+        kept -= 1
+    return start, max(start + 1, len(response) - kept)
+
+
+def with_negatives(data, tokenizer, limit, seed, hallucinations="off"):
     """The data and, for each datum, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
+    hallucinations: "off", or a class more, 0 on the tokens of the edit ("span") or on all ("sequence"). The negatives
+    of a datum weigh 1 in total, however many classes there are.
     Returns a list of Datum, a datum followed by its negatives. The same seed makes the same negatives.
     """
     partner = derangement([datum.target for datum in data], random.Random(stream_seed(seed, "mismatched")))
+    weight = 1 / (len(NEGATIVES) + (hallucinations != "off"))
     rows = []
     for i, datum in enumerate(data):
+        rng = lambda kind, i=i: random.Random(stream_seed(seed, "negative", kind, i))  # noqa: E731
+        given = data[partner[i]], tokenizer, limit
+        made = [(kind, make(datum, *given, rng(kind)), None) for kind, make in NEGATIVES.items()]
+        if hallucinations != "off":
+            kind, response, span = hallucinated(datum, *given, rng("hallucination"))
+            made.append((kind, response, span if hallucinations == "span" else None))
         rows.append(datum)
-        for kind, make in NEGATIVES.items():
-            rng = random.Random(stream_seed(seed, "negative", kind, i))
-            response = make(datum, data[partner[i]], tokenizer, limit, rng)
+        for kind, response, span in made:
             if response is not None:
-                rows.append(replace(datum, response=response, label=0.0, weight=1 / len(NEGATIVES), kind=kind))
+                rows.append(replace(datum, response=response, label=0.0, weight=weight, kind=kind, span=span))
     return rows
 
 
@@ -722,7 +858,7 @@ class Batch:
     mask: torch.Tensor  # (B, T) bool: True on the response, EOS included
     prompt_len: torch.Tensor  # (B,) long
     ref_len: torch.Tensor  # (B,) long: tokens of the true response, EOS included
-    label: torch.Tensor  # (B,) float: 1 good, 0 bad
+    label: torch.Tensor  # (B, T) float: 1 good, 0 bad
     weight: torch.Tensor  # (B,) float: 1, or 1/5 for a negative
 
 
@@ -736,7 +872,11 @@ def collate(data, device="cpu"):
         tokens[b, : len(row)] = torch.tensor(row)
     column = torch.arange(tokens.shape[1])  # (T,)
     mask = (column >= prompt_len[:, None]) & (column < row_len[:, None])  # (B, T)
-    label = torch.tensor([datum.label for datum in data])  # (B,)
+    label = torch.tensor([datum.label for datum in data])[:, None].repeat(1, tokens.shape[1])  # (B, T)
+    for b, datum in enumerate(data):
+        if datum.span:
+            start, end = (len(datum.prompt) + i for i in datum.span)
+            label[b] = torch.where((column >= start) & (column < end), label[b], 1)
     weight = torch.tensor([datum.weight for datum in data])  # (B,)
     fields = tokens, mask, prompt_len, row_len - prompt_len, label, weight
     return Batch(*(field.to(device) for field in fields))

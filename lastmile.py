@@ -152,6 +152,8 @@ class Reward(Training):
     epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
+    hallucinations: str = opt("off", "more negatives: the truth with one edit, bad on the edit's span or on the "
+                              "whole sequence (beyond P)", choices=("off", "span", "sequence"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -875,12 +877,15 @@ def train_reward(settings):
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
         heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
         rows, heldout = (
-            data.with_negatives(found, tokenizer, settings.max_new_tokens, settings.seed)
+            data.with_negatives(found, tokenizer, settings.max_new_tokens, settings.seed, settings.hallucinations)
             for found in (positives, heldout)
         )
         for kind in data.NEGATIVES:
             if missing := len(positives) - sum(row.kind == kind for row in rows):
                 say(f"negatives: {missing} examples have no {kind} one, their outputs being a single word")
+        missing = len(positives) - sum(row.kind in data.EDITS for row in rows)
+        if missing and settings.hallucinations != "off":
+            say(f"negatives: {missing} examples have no hallucinated one, no kind of edit fitting their outputs")
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
         llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, draw, head="normal")
@@ -896,7 +901,7 @@ def train_reward(settings):
                     update.add(ppo.reward_loss(score, part), data.share(part.weight, batch.weight))
                     scores.append(score.detach())
                 loss, norm = update(rate)
-                score, good = torch.cat(scores), batch.mask & (batch.label == 1)[:, None]
+                score, good = torch.cat(scores), batch.mask & (batch.label == 1)
                 run.log(
                     step, batch, loss=loss, grad_norm=norm, learning_rate=rate,
                     positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
@@ -906,21 +911,40 @@ def train_reward(settings):
 
 
 def reward_report(settings, llama, rows):
-    """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart."""
-    scores = {}
+    """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart.
+
+    Of hallucinations with a span, also the mean score of its tokens, and how well that is told apart from the mean
+    score of the tokens that the truth has in their place.
+    """
+    scores, spans = {}, {}
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
         with torch.inference_mode():
             score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
         means = torch.where(batch.mask, score, 0).sum(1) / batch.mask.sum(1)  # (B,)
-        for datum, mean in zip(rows[start : start + 32], means.tolist(), strict=True):
+        for datum, mean, of_token, mask in zip(
+            rows[start : start + 32], means.tolist(), score, batch.mask, strict=True
+        ):
             scores.setdefault(datum.kind, []).append(mean)
+            if datum.kind == "positive":
+                truth = of_token[mask]  # (n,)
+            elif datum.span:
+                first, end = datum.span
+                behind = len(datum.response) - end  # what follows the edit follows its place in the truth
+                place = truth[first : max(first + 1, len(truth) - behind)]
+                spans.setdefault(datum.kind, []).append((place.mean().item(), of_token[mask][first:end].mean().item()))
     report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
-    for kind in scores.keys() & data.NEGATIVES:  # outputs of one word have no shuffled one
-        report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
-    lines = [[kind, f"{r['mean']:.3f}", f"{r['auc']:.3f}" if "auc" in r else ""] for kind, r in report.items()]
+    for kind in scores:
+        if kind != "positive":
+            report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
+    for kind, pairs in spans.items():
+        true, false = zip(*pairs, strict=True)
+        report[kind] |= {"span_mean": sum(false) / len(false), "span_auc": evaluation.auc(true, false)}
+    columns = {"mean": "mean score", "auc": "AUC of positives against it"}
+    columns |= {"span_mean": "mean of the span", "span_auc": "AUC of the truth there against it"} if spans else {}
+    lines = [[kind, *(f"{r[name]:.3f}" if name in r else "" for name in columns)] for kind, r in report.items()]
     say(f"\nheld out, {len(scores['positive'])} validation examples:")
-    say(evaluation.markdown([["class", "mean score", "AUC of positives against it"], *lines]))
+    say(evaluation.markdown([["class", *columns.values()], *lines]))
     return report
 
 

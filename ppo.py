@@ -113,12 +113,12 @@ def whiten(adv, mask):
 
 
 def reward_loss(score, batch):
-    """Weighted squared error of the token scores (B, T) to the label (paper, 3.2).
+    """Weighted squared error of the token scores (B, T) to the labels (paper, 3.2).
 
     A datum's loss is the mean over its response tokens, so that long negatives do not drown short ones; the batch's is
     sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
     """
-    error = torch.where(batch.mask, (score - batch.label[:, None]).square(), 0)  # (B, T)
+    error = torch.where(batch.mask, (score - batch.label).square(), 0)  # (B, T)
     datum = error.sum(1) / batch.mask.sum(1)  # (B,)
     return (batch.weight * datum).sum() / batch.weight.sum()
 
@@ -199,7 +199,7 @@ def rollout(batch, sample):
     """
     prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_len.tolist(), strict=True)]
     data = [Datum("", "", "", p, r) for p, r in zip(prompts, sample(prompts), strict=True)]
-    return replace(collate(data, batch.tokens.device), ref_len=batch.ref_len, label=batch.label, weight=batch.weight)
+    return replace(collate(data, batch.tokens.device), ref_len=batch.ref_len)  # whether they are good nobody knows yet
 
 
 def is_ground_truth(step, fraction):

@@ -1,0 +1,144 @@
+"""What goes beyond the paper: negatives with one edit, negatives sampled by models, one reward a sequence, rewards from
+any Python function. All of it is off by default.
+"""
+
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import ppo
+
+SMALL = "--train-examples 8 --eval-examples 6 --max-steps 4 --max-new-tokens 40 --log-every 1"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run_folder):
+    return data.load_tokenizer(run_folder / "base")
+
+
+@pytest.fixture(scope="module")
+def positives(tokenizer):
+    return data.encode(data.toy("test")[:60], tokenizer)[0]
+
+
+def datum_of(tokenizer, source, target):
+    return data.encode([data.Example("", source, target)], tokenizer)[0][0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hallucinations
+
+
+OTHER = SimpleNamespace(source="Eve: the lamp in Rome? Call Carl.\nFinn: Yes.", target="Eve wants the lamp.")
+
+
+@pytest.mark.parametrize(
+    "kind, source, target, some, number",
+    [
+        ("speaker", "Amy: Hi\nBen: Hi", "Amy met Carl.", ["Ben met Carl."], 1),
+        ("speaker", "Amy: Hi", "Amy met Carl.", [], 0),  # nobody to take her place
+        ("name", "We saw Paris.", "They saw Paris.", ["They saw Eve.", "They saw Rome.", "They saw Carl."], 4),
+        ("name", "On Monday I met OK.", "On Monday I left.", [], 0),  # no names: weekdays, I, capitals
+        ("number", "", "They pay 12.", ["They pay 13.", "They pay 19."], 8),
+        ("number", "", "The three won.", ["The two won.", "The twelve won."], 10),
+        ("number", "", "They meet at 10:30, at 5 pm.", [], 0),  # times of day are of another kind
+        ("time", "", "They meet at 10:30.", ["They meet at 9:30."], 11),
+        ("time", "", "They meet at 4.30 pm on Friday.", ["They meet at 4.30 pm on Monday."], 11 + 6),
+        ("time", "", "He may march.", [], 0),  # no months
+        ("negation", "", "It is late.", ["It is not late."], 1),
+        ("negation", "", "It isn't late.", ["It is late."], 1),
+        ("negation", "", "They will go.", ["They won't go."], 1),
+        ("negation", "", "They won’t go.", ["They will go."], 1),
+        ("negation", "", "He wants tea.", ["He doesn't want tea."], 1),
+        ("negation", "", "He doesn't want tea.", ["He wants tea.", "He does want tea."], 2),
+        ("negation", "", "He can't go.", ["He can go."], 1),
+        ("negation", "", "Go home.", [], 0),
+        ("object", "Bring the cake.", "He has the cake.", ["He has the lamp."], 1),
+        ("object", "The lamp and the cake.", "He has the cake.", [], 0),  # a lamp would be no lie
+        ("object", "Bring a cake.", "He has a cake.", [], 0),  # "a lamp" stands nowhere: grammar gives nothing away
+    ],
+)
+def test_edits_by_hand(kind, source, target, some, number):
+    """Each kind changes one thing, in all the ways it can, and what it makes reads as if someone had written it."""
+    edits = data.EDITS[kind](SimpleNamespace(source=source, target=target), OTHER)
+    made = [target[:start] + new + target[end:] for start, end, new in edits]
+    assert set(some) <= set(made) and len(set(made)) == number and target not in made
+
+
+@pytest.mark.parametrize(
+    "target, edit, words",
+    [
+        ("Amy will go there on Friday.", (0, 3, "Olga"), ["Olga"]),
+        ("Amy will go there on Friday.", (21, 27, "Monday"), ["Monday"]),
+        ("Amy is here.", (4, 6, "is not"), ["not"]),
+        ("Amy is not here.", (4, 10, "is"), ["here"]),  # the token behind the seam; "is" reads as in the truth
+        ("They pay 17 or 27 now.", (9, 11, "27"), ["27"]),  # the 7 is the edit's too, though it stands in the truth
+        ("Amy and Amy met.", (8, 11, "Ben"), ["Ben"]),
+        ("Amy is not", (6, 10, ""), [""]),  # nothing stands behind the seam but EOS
+    ],
+)
+def test_spans_by_hand(tokenizer, target, edit, words):
+    """The span is the tokens of the edit, found after the whole text was encoded anew: no less, or the lie would be
+    called true, and no more, or the truth would be called a lie.
+    """
+    start, end, new = edit
+    truth, text = ([*tokenizer.encode(t), tokenizer.eos] for t in (target, target[:start] + new + target[end:]))
+    first, last = data.touched(truth, text, len(target) - end, tokenizer.decode)
+    assert tokenizer.decode(text[first:last]).split() == [word for word in words if word]
+    assert 0 <= first < last <= len(text) and text[:first] == truth[:first]
+
+
+def test_hallucinations_as_a_set(positives, tokenizer):
+    """One a datum, of several kinds, one class of six by weight; only the edit is labelled 0, or all of it; the same
+    seed makes the same ones, and the other negatives stay as they are.
+    """
+    rows = data.with_negatives(positives, tokenizer, 60, 0, "span")
+    edited = [row for row in rows if row.kind in data.EDITS]
+    assert len(edited) == 60 and len(Counter(row.kind for row in edited)) >= 5
+    assert rows == data.with_negatives(positives, tokenizer, 60, 0, "span")
+    assert {row.weight for row in rows if row.kind != "positive"} == {1 / 6}
+    plain = data.with_negatives(positives, tokenizer, 60, 0)
+    assert [row.response for row in rows if row.kind not in data.EDITS] == [row.response for row in plain]
+    batch = data.collate(edited)
+    assert ((batch.label == 0).sum(1) == torch.tensor([row.span[1] - row.span[0] for row in edited])).all()
+    assert (batch.mask | (batch.label == 1)).all()  # every 0 stands on the response
+    whole = [row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in data.EDITS]
+    assert [row.response for row in whole] == [row.response for row in edited]
+    assert not data.collate(whole).label.any() and {row.span for row in whole} == {None}
+
+
+def test_without_an_edit_there_is_no_hallucination(tokenizer):
+    """A text in which no kind finds anything, or which would grow over the cap, has none, rather than a false one."""
+    dull, late = (datum_of(tokenizer, "hm", text) for text in ("Yes, so be it.", "It is late."))
+    for datum, limit in [(dull, 60), (late, len(late.response))]:
+        assert data.hallucinated(datum, dull, tokenizer, limit, random.Random(0)) == (None, None, None)
+    assert data.hallucinated(late, dull, tokenizer, 60, random.Random(0))[0] == "negation"
+
+
+def test_a_span_is_learned_where_it_is(positives, tokenizer):
+    """The reward loss pulls the edit's tokens to 0 and the others to 1: its gradient changes sign at the span."""
+    row = next(row for row in data.with_negatives(positives, tokenizer, 60, 0, "span") if row.kind == "name")
+    batch = data.collate([row])
+    score = torch.full(batch.mask.shape, 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ppo.reward_loss(score, batch), score)
+    assert gradient[batch.mask].sign().tolist() == [
+        1.0 if row.span[0] <= i < row.span[1] else -1.0 for i in range(len(row.response))
+    ]
+
+
+def test_reward_reports_kinds_of_edit(fresh_run, capsys):
+    """The held-out report tells the kinds apart, and the span from the truth in its place; the log's positive and
+    negative are those of tokens.
+    """
+    assert fresh_run("reward", *SMALL.split(), "--hallucinations", "span", "--eval-examples", 40) == 0
+    out, report = capsys.readouterr().out, json.loads((fresh_run.folder / "reward/heldout.json").read_text())
+    kinds = [kind for kind in report if kind in data.EDITS]
+    assert len(kinds) >= 4 and "AUC of the truth there against it" in out
+    for kind in kinds:
+        assert 0 <= report[kind]["span_auc"] <= 1 and -9 < report[kind]["span_mean"] < 9
+    assert set(report["shuffled"]) == {"mean", "auc"} and set(report["positive"]) == {"mean"}
