@@ -805,15 +805,17 @@ def touched(truth, response, rest, decode):
     return start, max(start + 1, len(response) - kept)
 
 
-def with_negatives(data, tokenizer, limit, seed, hallucinations="off"):
+def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=None):
     """The data and, for each datum, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
-    hallucinations: "off", or a class more, 0 on the tokens of the edit ("span") or on all ("sequence"). The negatives
-    of a datum weigh 1 in total, however many classes there are.
+    hallucinations: "off", or a class more, 0 on the tokens of the edit ("span") or on all ("sequence"). samples: {class
+    more: a response for each datum}; one that reads as the truth is no negative. The negatives of a datum weigh 1 in
+    total, however many classes there are.
     Returns a list of Datum, a datum followed by its negatives. The same seed makes the same negatives.
     """
     partner = derangement([datum.target for datum in data], random.Random(stream_seed(seed, "mismatched")))
-    weight = 1 / (len(NEGATIVES) + (hallucinations != "off"))
+    samples = samples or {}
+    weight = 1 / (len(NEGATIVES) + (hallucinations != "off") + len(samples))
     rows = []
     for i, datum in enumerate(data):
         rng = lambda kind, i=i: random.Random(stream_seed(seed, "negative", kind, i))  # noqa: E731
@@ -822,6 +824,9 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off"):
         if hallucinations != "off":
             kind, response, span = hallucinated(datum, *given, rng("hallucination"))
             made.append((kind, response, span if hallucinations == "span" else None))
+        for kind, responses in samples.items():
+            same = tokenizer.decode(responses[i]).strip() == datum.target
+            made.append((kind, None if same else responses[i], None))
         rows.append(datum)
         for kind, response, span in made:
             if response is not None:

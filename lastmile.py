@@ -38,6 +38,7 @@ import textwrap
 import time
 import tomllib
 import traceback
+from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -154,6 +155,10 @@ class Reward(Training):
     eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
     hallucinations: str = opt("off", "more negatives: the truth with one edit, bad on the edit's span or on the "
                               "whole sequence (beyond P)", choices=("off", "span", "sequence"))  # fmt: skip
+    samples: str = opt(
+        "", "more negatives: samples of these for the same inputs, among base, mle and policy (beyond P)"
+    )
+    rounds: int = opt(1, "make the negatives that often, each time others, and learn from all (beyond P)", least=1)
 
 
 @dataclass(frozen=True)
@@ -861,7 +866,7 @@ def quantize(settings):
         if settings.dry_run:
             return plan(settings, llama, rows)
         calibration = [datum.prompt + datum.response for datum in rows]
-        bar = lambda blocks: tqdm.tqdm(blocks, desc="quantize", unit="block", dynamic_ncols=True)  # noqa: E731
+        bar = progress("quantize", "block")
         described = model.quantize(llama, calibration, settings.group_size, settings.act_order, settings.damp, bar)
         save_model(settings, llama, tokenizer, folder, described)
 
@@ -872,28 +877,28 @@ def quantize(settings):
 
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
+    names = answerers("--samples", settings.samples) if settings.samples else []
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
         heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
-        rows, heldout = (
-            data.with_negatives(found, tokenizer, settings.max_new_tokens, settings.seed, settings.hallucinations)
-            for found in (positives, heldout)
-        )
-        for kind in data.NEGATIVES:
-            if missing := len(positives) - sum(row.kind == kind for row in rows):
-                say(f"negatives: {missing} examples have no {kind} one, their outputs being a single word")
-        missing = len(positives) - sum(row.kind in data.EDITS for row in rows)
-        if missing and settings.hallucinations != "off":
-            say(f"negatives: {missing} examples have no hallucinated one, no kind of edit fitting their outputs")
+        samplers = {name: load_answerer(settings, llama, name) for name in names}
+        rounds = range(settings.rounds)
+        rows = [
+            row for round in rounds
+            for row in with_negatives(settings, llama, tokenizer, samplers, positives, "train", round)
+        ]  # fmt: skip
+        heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
+        say_missing(settings, rows, names)
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
         llama.add_adapter("reward", settings.lora_r, settings.lora_alpha, targets, draw, head="normal")
         if settings.dry_run:
             return plan(settings, llama, rows, ["reward"], ["reward"])
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
+        loaded = {f"{name} adapter": adapter_folder(settings, name) for name in names if name != "base"}
         shown = ["loss", "positive", "negative"]
-        with Run(folder, "reward", settings, rows, update, llama.folder, shown=shown) as run:
+        with Run(folder, "reward", settings, rows, update, llama.folder, loaded, shown) as run:
             for step, rate, index in run.steps():
                 batch, scores = data.collate([rows[i] for i in index], settings.device), []
                 for part in data.parts(batch, settings.micro_batch_size):
@@ -908,6 +913,38 @@ def train_reward(settings):
                 )  # fmt: skip
         llama.save_adapter("reward", folder, settings.model)
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
+
+
+def with_negatives(settings, llama, tokenizer, samplers, rows, split, round=0):
+    """The rows with the negatives of one round; samplers: {name: adapter argument} of those whose samples are some."""
+    seed = data.stream_seed(settings.seed, "round", round) if round else settings.seed
+    samples = {}
+    for name, adapter in samplers.items():
+        draw = generator(settings, "samples", split, name, round, device=settings.device)
+        answer = lambda prompts, adapter=adapter, draw=draw: model.sample(  # noqa: E731
+            llama, prompts, adapter, settings.max_new_tokens, generator=draw
+        )
+        if settings.dry_run:
+            answer = lambda prompts: [[0] * settings.max_new_tokens] * len(prompts)  # noqa: E731
+        bar = progress(f"reward: samples of {name}")
+        samples[f"{name}_sample"] = evaluation.predict(rows, answer, Eval.batch_size, list, bar)
+    return data.with_negatives(rows, tokenizer, settings.max_new_tokens, seed, settings.hallucinations, samples)
+
+
+def progress(title, unit="batch"):
+    return lambda steps: tqdm.tqdm(steps, desc=title, unit=unit, dynamic_ncols=True)
+
+
+def say_missing(settings, rows, names):
+    """Say how many rows have no negative of a class, and why."""
+    why = dict.fromkeys(data.NEGATIVES, "their outputs being a single word")
+    if settings.hallucinations != "off":
+        why["hallucinated"] = "no kind of edit fitting their outputs"
+    why |= {f"{name}_sample": "the sample being the true output" for name in names}
+    had = Counter("hallucinated" if row.kind in data.EDITS else row.kind for row in rows)
+    for kind, reason in why.items():
+        if missing := had["positive"] - had[kind]:
+            say(f"negatives: {missing} examples have no {kind} one, {reason}")
 
 
 def reward_report(settings, llama, rows):
@@ -1080,6 +1117,14 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
 # Judgement
 
 
+def answerers(flag, value):
+    """The names that a flag lists, each once."""
+    names = value.split(",")
+    if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
+        raise ValueError(f"{flag} {value}: choose among base, mle and policy")
+    return names
+
+
 def load_answerer(settings, llama, name):
     """Load the adapter of a column, or of a folder. Returns the adapter argument of forward."""
     if name == "base":
@@ -1102,9 +1147,7 @@ def adapter_folder(settings, name):
 
 def evaluate(settings):
     """Greedy predictions on the test split and their scores, for base, mle and policy, raw and cleaned."""
-    names = settings.adapters.split(",")
-    if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
-        raise ValueError(f"--adapters {settings.adapters}: choose among base, mle and policy")
+    names = answerers("--adapters", settings.adapters)
     with stage_folder(settings, "eval") as folder:
         llama, tokenizer = open_base(settings)
         adapters = {name: load_answerer(settings, llama, name) for name in names}
@@ -1118,11 +1161,12 @@ def evaluate(settings):
         references = [datum.target for datum in rows]
         columns = {}
         for name, adapter in adapters.items():
-            bar = lambda steps, name=name: tqdm.tqdm(steps, desc=f"eval {name}", unit="batch", dynamic_ncols=True)  # noqa: E731
             answer = lambda prompts, adapter=adapter: model.sample(  # noqa: E731
                 llama, prompts, adapter, settings.max_new_tokens, temperature=0
             )
-            columns[name] = evaluation.predict(rows, answer, settings.batch_size, tokenizer.decode, bar)
+            columns[name] = evaluation.predict(
+                rows, answer, settings.batch_size, tokenizer.decode, progress(f"eval {name}")
+            )
             with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
                 for datum, text in zip(rows, columns[name], strict=True):
                     line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_lastmile import exit_code
 
 import data
+import lastmile
 import ppo
 
 SMALL = "--train-examples 8 --eval-examples 6 --max-steps 4 --max-new-tokens 40 --log-every 1"
@@ -142,3 +144,109 @@ def test_reward_reports_kinds_of_edit(fresh_run, capsys):
     for kind in kinds:
         assert 0 <= report[kind]["span_auc"] <= 1 and -9 < report[kind]["span_mean"] < 9
     assert set(report["shuffled"]) == {"mean", "auc"} and set(report["positive"]) == {"mean"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples and rounds
+
+
+@pytest.fixture
+def seen_rows(monkeypatch):
+    """The rows of each reward model's training that starts."""
+    seen = []
+
+    class Run(lastmile.Run):
+        def __init__(self, folder, stage, settings, rows, *rest, **named):
+            seen.extend([rows] * (stage == "reward"))
+            super().__init__(folder, stage, settings, rows, *rest, **named)
+
+    monkeypatch.setattr(lastmile, "Run", Run)
+    return seen
+
+
+def test_samples_are_classes_of_negatives(fresh_run, seen_rows):
+    """Each named model adds one sample an input, of its own adapter, label 0; the seven classes weigh 1/7 each, and the
+    report has a line for each. The same command draws the same samples.
+    """
+    assert fresh_run("mle", *SMALL.replace("--eval-examples 6", "--learning-rate 1e-2").split()) == 0
+    for _ in range(2):
+        assert fresh_run("reward", *SMALL.split(), "--samples", "base,mle", "--overwrite") == 0
+    rows, again = seen_rows
+    assert rows == again
+    assert Counter(row.kind for row in rows) == dict.fromkeys(
+        ["positive", *data.NEGATIVES, "base_sample", "mle_sample"], 8
+    )
+    assert {(row.label, row.weight) for row in rows if row.kind != "positive"} == {(0.0, 1 / 7)}
+    by_base, by_mle = ([row.response for row in rows if row.kind == f"{name}_sample"] for name in ("base", "mle"))
+    assert by_base != by_mle and all(1 <= len(response) <= 40 for response in by_base + by_mle)
+    report = json.loads((fresh_run.folder / "reward/heldout.json").read_text())
+    assert "auc" in report["base_sample"] and "auc" in report["mle_sample"]
+
+
+def test_a_true_sample_is_no_negative(positives, tokenizer):
+    """A sample that reads as the truth would be called 0 and 1 at once: it is left out, however it was tokenised."""
+    responses = [row.response for row in positives]
+    spelled = [tokenizer.sp.piece_to_id(letter) for letter in "▁" + positives[0].target.replace(" ", "▁")]
+    assert [*spelled, tokenizer.eos] != responses[0] and tokenizer.decode(spelled) == positives[0].target
+    samples = {"x_sample": [[*spelled, tokenizer.eos], [7, tokenizer.eos], *responses[2:]]}
+    rows = data.with_negatives(positives, tokenizer, 60, 0, samples=samples)
+    assert [row.response for row in rows if row.kind == "x_sample"] == [[7, tokenizer.eos]]
+
+
+def test_rounds_are_made_anew(fresh_run, seen_rows, capsys):
+    """Two rounds are the truth twice, with other negatives and samples each time; one round is what it always was."""
+    for rounds in (1, 2):
+        flags = ["--samples", "base", "--hallucinations", "span", "--rounds", rounds, "--overwrite"]
+        assert fresh_run("reward", *SMALL.split(), *flags) == 0
+    once, twice = seen_rows
+    n = len(once)
+    assert twice[:n] == once and Counter(row.kind for row in twice)["positive"] == 16
+    first, second = ({row.kind: [] for row in once} for _ in range(2))
+    for half, rows in ((first, twice[:n]), (second, twice[n:])):
+        for row in rows:
+            half.setdefault(row.kind, []).append(row.response)
+    assert first["positive"] == second["positive"] and first["copied_input"] == second["copied_input"]
+    for kind in ("random_tokens", "mismatched", "shuffled", "repetitive", "base_sample"):
+        assert first[kind] != second[kind]
+    assert fresh_run("reward", *SMALL.split(), *flags, "--dry-run") == 0  # nothing is sampled, as much is counted
+    assert f"  data     {len(twice)} rows" in capsys.readouterr().out
+
+
+def test_samples_resume(fresh_run, capsys):
+    """Stopped after every step and taken up again, a run with samples ends with the same bits; with another mle it is
+    refused, since its samples were others.
+    """
+    assert fresh_run("mle", *SMALL.replace("--eval-examples 6", "").split()) == 0
+    flags = [*SMALL.split(), "--samples", "mle", "--rounds", 2, "--hallucinations", "sequence"]
+    assert fresh_run("reward", *flags) == 0
+    file = fresh_run.folder / "reward/adapter_model.safetensors"
+    whole = file.read_bytes()
+    codes = [fresh_run("reward", *flags, "--overwrite", "--max-time", 1e-9)]
+    codes += [fresh_run("reward", *flags, "--overwrite", "--max-time", 1e-9, "--resume") for _ in range(2)]
+    assert codes == [143] * 3
+    adapter = fresh_run.folder / "mle/adapter_config.json"
+    text = adapter.read_text()
+    adapter.write_text(text + " ")
+    assert fresh_run("reward", *flags, "--overwrite", "--resume") == 2
+    assert "changed since: mle adapter" in capsys.readouterr().err
+    adapter.write_text(text)
+    assert fresh_run("reward", *flags, "--overwrite", "--resume") == 0
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--samples base,best", "--samples base,best: choose among base, mle and policy"),
+        ("--samples base,base", "--samples base,base: choose"),
+        ("--samples mle", "mle: not there yet; run: python lastmile.py mle"),
+        ("--rounds 0", "--rounds: 0 is out of range"),
+        ("--hallucinations some", "--hallucinations: some is none of off, span, sequence"),
+    ],
+)
+def test_bad_negatives(fresh_run, capsys, flags, words):
+    """Another name or number ends in one line before anything is trained or written."""
+    assert exit_code(lambda: fresh_run("reward", *SMALL.split(), *flags.split())) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (fresh_run.folder / "reward").exists() and not (fresh_run.folder / "reward.partial").exists()
