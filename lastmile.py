@@ -153,6 +153,8 @@ class Reward(Training):
     epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
+    level: str = opt("token", "what is scored: each token (P 3.2), or the sequence, by its last token (beyond P)",
+                     choices=("token", "sequence"))  # fmt: skip
     hallucinations: str = opt("off", "more negatives: the truth with one edit, bad on the edit's span or on the "
                               "whole sequence (beyond P)", choices=("off", "span", "sequence"))  # fmt: skip
     samples: str = opt(
@@ -607,18 +609,19 @@ def digest(*paths, sample=1 << 26):
     return found.hexdigest()
 
 
-def fingerprint(stage, settings, rows, base=None, adapters=None):
+def fingerprint(stage, settings, rows, base=None, loaded=None):
     """What a checkpoint must agree on with the run that goes on from it: {name: hash or value}, causes first.
 
-    base: folder of the model, if there is one; adapters: {name: folder} of those that were loaded.
+    base: folder of the model, if there is one; loaded: {name: Path} of adapters, {name: text} of anything else.
     """
     found = {"stage": stage}
     found |= {f"--{name.replace('_', '-')}": v for name, v in asdict(settings).items() if name not in FREE}
     if base:
         found["base model"] = model_hash(base)
         found["tokenizer"] = digest(*(base / name for name in data.TOKENIZERS if (base / name).is_file()))
-    for name, folder in (adapters or {}).items():
-        found[name] = digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    for name, what in (loaded or {}).items():
+        files = ("adapter_model.safetensors", "adapter_config.json")
+        found[name] = what if isinstance(what, str) else digest(*(what / file for file in files))
     texts, ids = hashlib.sha256(), hashlib.sha256()
     for datum in rows:
         texts.update(repr((datum.id, datum.source, datum.target)).encode())
@@ -666,9 +669,9 @@ class Run:
             run.log(step, …)
     """
 
-    def __init__(self, folder, stage, settings, rows, update, base=None, adapters=None, shown=()):
+    def __init__(self, folder, stage, settings, rows, update, base=None, loaded=None, shown=()):
         self.folder, self.stage, self.settings, self.rows, self.update = folder, stage, settings, rows, update
-        self.facts, self.shown = fingerprint(stage, settings, rows, base, adapters), shown
+        self.facts, self.shown = fingerprint(stage, settings, rows, base, loaded), shown
         self.index, self.stop, self.tokens = [], 0, 0
         if settings.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -878,6 +881,8 @@ def quantize(settings):
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
     names = answerers("--samples", settings.samples) if settings.samples else []
+    if settings.level == "sequence" and settings.hallucinations == "span":
+        raise ValueError("--level sequence scores no single tokens; take --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
@@ -903,13 +908,14 @@ def train_reward(settings):
                 batch, scores = data.collate([rows[i] for i in index], settings.device), []
                 for part in data.parts(batch, settings.micro_batch_size):
                     score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T)
-                    update.add(ppo.reward_loss(score, part), data.share(part.weight, batch.weight))
+                    update.add(ppo.reward_loss(score, part, settings.level), data.share(part.weight, batch.weight))
                     scores.append(score.detach())
                 loss, norm = update(rate)
-                score, good = torch.cat(scores), batch.mask & (batch.label == 1)
+                score, scored = torch.cat(scores), ppo.carriers(batch.mask, settings.level)
                 run.log(
                     step, batch, loss=loss, grad_norm=norm, learning_rate=rate,
-                    positive=mean_or_none(score, good), negative=mean_or_none(score, batch.mask & ~good),
+                    positive=mean_or_none(score, scored & (batch.label == 1)),
+                    negative=mean_or_none(score, scored & (batch.label == 0)),
                 )  # fmt: skip
         llama.save_adapter("reward", folder, settings.model)
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
@@ -958,7 +964,8 @@ def reward_report(settings, llama, rows):
         batch = data.collate(rows[start : start + 32], settings.device)
         with torch.inference_mode():
             score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
-        means = torch.where(batch.mask, score, 0).sum(1) / batch.mask.sum(1)  # (B,)
+        scored = ppo.carriers(batch.mask, settings.level)  # (B, T)
+        means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
         for datum, mean, of_token, mask in zip(
             rows[start : start + 32], means.tolist(), score, batch.mask, strict=True
         ):
@@ -1018,18 +1025,15 @@ def train_ppo(settings):
         start = adapter_folder(settings, settings.init) if settings.init != "base" else None
         reward_first(settings, start)
         llama, tokenizer = open_base(settings)
-        if Path(settings.reward).exists():
-            llama.load_adapter("reward", settings.reward, head=True)
-        else:  # a dry run, before there is one
-            targets = Reward.lora_targets.split(",")
-            llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
+        judge, level = open_judge(settings, llama)
         add_actors(settings, llama, start)
         rows = prepare(settings, "train", tokenizer, settings.train_examples)
         if settings.dry_run:
             return plan(settings, llama, rows, ["policy", "value"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
-        loaded = {"reward adapter": Path(settings.reward)} | ({"init adapter": start} if start else {})
+        loaded = {"reward adapter": Path(settings.reward), "reward level": level}
+        loaded |= {"init adapter": start} if start else {}
         shown = ["return", "reward", "length", "explained_variance"]
         with Run(folder, "ppo", settings, rows, update, llama.folder, loaded, shown) as run:
             for step, rate, index in run.steps():
@@ -1042,7 +1046,7 @@ def train_ppo(settings):
                             llama, prompts, "policy", settings.max_new_tokens, generator=draw
                         ),
                     )  # fmt: skip
-                numbers = ppo_updates(settings, llama, batch, update, rate, logged=step % settings.log_every == 0)
+                numbers = ppo_updates(settings, llama, batch, update, rate, step % settings.log_every == 0, judge)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
@@ -1077,8 +1081,27 @@ def reward_first(settings, start):
     train_reward(resolve("reward", given | {f.name: getattr(settings, f.name) for f in fields(Common)}))
 
 
-def ppo_updates(settings, llama, batch, update, rate, logged):
-    """All updates on one batch, one by default. Returns the numbers of the last."""
+def open_judge(settings, llama):
+    """Load the reward model. Returns how it scores a batch, Batch -> (B, T), and the level that it was trained at."""
+    folder, level = Path(settings.reward), "token"
+    if folder.exists():
+        llama.load_adapter("reward", folder, head=True)
+        if (folder / "config.json").is_file():
+            level = model.read_json(folder / "config.json").get("level", "token")
+    else:  # a dry run, before there is one
+        targets = Reward.lora_targets.split(",")
+        llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
+    if level not in ("token", "sequence"):
+        raise ValueError(f"{folder / 'config.json'}: level {level!r} is neither token nor sequence; mend the file")
+    return lambda batch: ppo.judge(llama, batch, level), level
+
+
+def ppo_updates(settings, llama, batch, update, rate, logged, judge=None):
+    """All updates on one batch, one by default. Returns the numbers of the last.
+
+    judge: Batch -> (B, T), the reward of every token; by default the reward model's score.
+    """
+    judge = judge or (lambda batch: ppo.judge(llama, batch))
     parts = data.parts(batch, settings.micro_batch_size)
     trajs, kls = [], []
     for epoch in range(settings.ppo_epochs):
@@ -1092,7 +1115,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged):
                         kls.append(logp.detach() - ppo.policy_logp(llama, part))  # (B, T)
                     kl = settings.kl_coef * kls[-1] if settings.kl_coef else None
                 trajs.append(ppo.trajectory(
-                    part, logp, value, ppo.judge(llama, part), settings.gamma, settings.lam, settings.length_penalty,
+                    part, logp, value, judge(part), settings.gamma, settings.lam, settings.length_penalty,
                     settings.reward_clamp, kl, settings.whiten,
                 ))  # fmt: skip
             policy_loss = ppo.policy_loss(logp, trajs[i], settings.clip_range)

@@ -112,14 +112,20 @@ def whiten(adv, mask):
 # The losses of the other two stages
 
 
-def reward_loss(score, batch):
+def carriers(mask, level):
+    """The tokens that carry the reward, (B, T): all of the response ("token"), or its last alone ("sequence")."""
+    return mask if level == "token" else mask & ~F.pad(mask[:, 1:], (0, 1))
+
+
+def reward_loss(score, batch, level="token"):
     """Weighted squared error of the token scores (B, T) to the labels (paper, 3.2).
 
-    A datum's loss is the mean over its response tokens, so that long negatives do not drown short ones; the batch's is
-    sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
+    A datum's loss is the mean over its tokens that carry the reward, so that long negatives do not drown short ones;
+    the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
     """
-    error = torch.where(batch.mask, (score - batch.label).square(), 0)  # (B, T)
-    datum = error.sum(1) / batch.mask.sum(1)  # (B,)
+    mask = carriers(batch.mask, level)
+    error = torch.where(mask, (score - batch.label).square(), 0)  # (B, T)
+    datum = error.sum(1) / mask.sum(1)  # (B,)
     return (batch.weight * datum).sum() / batch.weight.sum()
 
 
@@ -178,13 +184,13 @@ def actor_critic(llama, batch):
 
 
 @torch.no_grad()
-def judge(llama, batch):
-    """The reward model's score of every response token: (B, T), 0 elsewhere.
+def judge(llama, batch, level="token"):
+    """The reward model's score of every token that carries the reward: (B, T), 0 elsewhere.
 
     A pass of its own: its rows need no backward, and among those of `actor_critic` autograd would keep and propagate
     them too, a third of the memory and of the backward's work for nothing.
     """
-    return llama.scalar(llama(batch.tokens, "reward"), "reward") * batch.mask
+    return llama.scalar(llama(batch.tokens, "reward"), "reward") * carriers(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

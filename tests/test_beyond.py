@@ -250,3 +250,82 @@ def test_bad_negatives(fresh_run, capsys, flags, words):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (fresh_run.folder / "reward").exists() and not (fresh_run.folder / "reward.partial").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One reward a sequence
+
+
+def test_the_last_token_carries_a_sequence(run_folder):
+    """At level sequence the last response token alone is learned from and scored, EOS or not, whatever the padding."""
+    batch = data.collate([data.Datum("", "", "", [1, 5], [7, 8, 9, 2]), data.Datum("", "", "", [1], [6], 0.0, 0.2)])
+    last = torch.zeros_like(batch.mask)
+    last[0, 5] = last[1, 1] = True
+    assert torch.equal(ppo.carriers(batch.mask, "sequence"), last)
+    assert torch.equal(ppo.carriers(batch.mask, "token"), batch.mask)
+    score = torch.full(batch.mask.shape, 9.0)
+    score[0, 5], score[1, 1] = 0.5, 2.0  # errors 0.25 of weight 1, 4 of weight 0.2
+    assert ppo.reward_loss(score, batch, "sequence").item() == pytest.approx((0.25 + 0.2 * 4) / 1.2)
+    llama = lastmile.model.load(run_folder / "base")
+    llama.add_adapter("reward", 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0), "normal")
+    assert torch.equal(ppo.judge(llama, batch, "sequence"), ppo.judge(llama, batch) * last)
+
+
+@pytest.mark.parametrize(
+    "lam, value_learns, solved", [(0.95, True, True), (0.95, False, True), (0.0, True, True), (0.0, False, False)]
+)
+def test_a_reward_at_the_end_travels_back(lam, value_learns, solved):
+    """The first of four actions decides, the last token is paid: credit must come back by eq. 2. Lambda brings it,
+    or a value that has learned (then lambda 0 is enough), and not at all without both. Tables stand for networks.
+    """
+    B, T, g = 32, 4, torch.Generator().manual_seed(0)
+    logits, table = torch.zeros(T, 2, 2, requires_grad=True), torch.zeros(T, 2, requires_grad=True)  # by time, by state
+    adam = torch.optim.Adam([logits, table], lr=0.05)
+    for _ in range(150):
+        tokens = torch.ones(B, 1, dtype=torch.long)  # a prompt, then actions 0 or 1
+        state, logp, value = torch.zeros(B, dtype=torch.long), [], []
+        for t in range(T):
+            chance = logits[t, state].log_softmax(-1)  # (B, 2)
+            action = torch.multinomial(chance.exp().detach(), 1, generator=g)  # (B, 1)
+            logp, value = [*logp, chance.gather(1, action)], [*value, table[t, state][:, None]]
+            tokens, state = torch.cat([tokens, action], 1), action[:, 0] if t == 0 else state
+        zero = torch.zeros(B, 1)
+        batch = data.collate([data.Datum("", "", "", row[:1], row[1:]) for row in tokens.tolist()])
+        score = ppo.carriers(batch.mask, "sequence") * state[:, None].float()
+        logp, value = torch.cat([zero, *logp], 1), torch.cat([zero, *value], 1)
+        traj = ppo.trajectory(batch, logp, value, score, 0.99999, lam, 2.5)
+        loss = ppo.policy_loss(logp, traj, 0.2) + value_learns * ppo.value_loss(value, traj)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    chance = logits[0, 0].softmax(0)[1].item()
+    assert chance > 0.9 if solved else chance == 0.5
+    if value_learns:
+        assert table[T - 1, 1].item() > 0.8 and abs(table[1, 0].item()) < 0.2
+
+
+def test_ppo_scores_at_the_level_of_its_reward_model(fresh_run, capsys):
+    """PPO reads the level where the adapter lies; adapters of other tools say nothing and score tokens. A run that goes
+    on keeps its level, and a level that does not exist is refused.
+    """
+    flags = [*SMALL.split()[:2], *SMALL.split()[4:], "--save-every", 1]
+    assert fresh_run("reward", *SMALL.split(), "--level", "sequence", "--hallucinations", "sequence") == 0
+    file, llama = fresh_run.folder / "reward/config.json", lastmile.model.load(fresh_run.folder / "base")
+    batch = data.collate([data.Datum("", "", "", [1, 5], [7, 8, 9, 2])])
+    levels = [("sequence", file.read_text(), 1), ("token", "{}", 4), ("token", None, 4)]
+    for name, text, n in levels:
+        file.write_text(text) if text else file.unlink()
+        judge, level = lastmile.open_judge(SimpleNamespace(reward=str(file.parent)), llama)
+        assert level == name and judge(batch).count_nonzero() == n
+    file.write_text('{"level": "sequence"}')
+    assert fresh_run("ppo", *flags, "--max-time", 1e-9) == 143
+    file.unlink()
+    assert fresh_run("ppo", *flags, "--resume") == 2
+    assert "changed since: reward level" in capsys.readouterr().err
+    file.write_text('{"level": "sequence"}')
+    assert fresh_run("ppo", *flags, "--resume") == 0
+    file.write_text('{"level": ["word"]}')
+    assert fresh_run("ppo", *flags, "--overwrite") == 2
+    assert "config.json: level ['word'] is neither token nor sequence" in capsys.readouterr().err
+    assert fresh_run("reward", *flags, "--level", "sequence", "--hallucinations", "span", "--overwrite") == 2
+    assert "--hallucinations sequence" in capsys.readouterr().err

@@ -774,7 +774,7 @@ def bad_gradient(run, monkeypatch):
 
 
 def bad_reward(run, monkeypatch):
-    monkeypatch.setattr(lastmile.ppo, "judge", lambda llama, batch: torch.full(batch.mask.shape, torch.nan))
+    monkeypatch.setattr(lastmile.ppo, "judge", lambda llama, batch, level: torch.full(batch.mask.shape, torch.nan))
 
 
 def bad_weight(run, monkeypatch):
