@@ -122,6 +122,11 @@ def metrics(predictions, references):
     return {metric: float(values.mean()) for metric, values in metrics_by_example(predictions, references).items()}
 
 
+def la_rouge1(source, reference, prediction):
+    """la-rouge1-F1 of one prediction, as a reward: `ppo --reward rouge`."""
+    return metrics([prediction], [reference])["la-rouge1-F1"]
+
+
 def bleurt(predictions, references, checkpoint, batch_size=16, device="cpu"):
     """BLEURT of each pair: an array. checkpoint: a folder, or an id to fetch such as "lucadiliello/BLEURT-20".
 

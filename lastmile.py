@@ -41,6 +41,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 
 
@@ -176,7 +177,8 @@ class Ppo(Training):
     ppo_epochs: int = opt(1, "updates a batch (P 3.3)", least=1)
     length_penalty: float = opt(2.5, "for each token beyond the reference length (P 3.2)", least=0)
     ground_truth_fraction: float = opt(0.5, "share of batches that show the ground truth (P 3.3)", least=0, most=1)
-    reward: str = opt("", "reward adapter folder [<output-dir>/reward]")
+    reward: str = opt("", "reward adapter folder; or rouge, or module:function, any function of (source, reference, "
+                      "prediction) (beyond P) [<output-dir>/reward]")  # fmt: skip
     init: str = opt("base", "where the policy starts (P 3.1: base): base, mle, or an adapter folder")
     kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
     entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
@@ -1023,16 +1025,24 @@ def train_ppo(settings):
         raise ValueError("--whiten needs the whole batch's advantages at once; leave out --micro-batch-size")
     with stage_folder(settings, "ppo") as folder:
         start = adapter_folder(settings, settings.init) if settings.init != "base" else None
-        reward_first(settings, start)
+        function, source = reward_function(settings.reward)
+        if not function:
+            reward_first(settings, start)
         llama, tokenizer = open_base(settings)
-        judge, level = open_judge(settings, llama)
+        if function:
+            judge = lambda batch, rows: ppo.grade(function, rows, batch, tokenizer.decode)  # noqa: E731
+            loaded = {"reward function": source}
+        else:
+            judge, loaded = open_judge(settings, llama)
         add_actors(settings, llama, start)
         rows = prepare(settings, "train", tokenizer, settings.train_examples)
+        if function:  # what fails on the truth, or on an answer that ends at once, fails before hours of training
+            for prediction in (rows[0].target, ""):
+                function(rows[0].source, rows[0].target, prediction)
         if settings.dry_run:
             return plan(settings, llama, rows, ["policy", "value"], ["policy", "value"])
         policy, critic = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         update = Updater(policy, critic, max_grad_norm=settings.max_grad_norm)
-        loaded = {"reward adapter": Path(settings.reward), "reward level": level}
         loaded |= {"init adapter": start} if start else {}
         shown = ["return", "reward", "length", "explained_variance"]
         with Run(folder, "ppo", settings, rows, update, llama.folder, loaded, shown) as run:
@@ -1046,7 +1056,16 @@ def train_ppo(settings):
                             llama, prompts, "policy", settings.max_new_tokens, generator=draw
                         ),
                     )  # fmt: skip
-                numbers = ppo_updates(settings, llama, batch, update, rate, step % settings.log_every == 0, judge)
+                numbers = ppo_updates(
+                    settings,
+                    llama,
+                    batch,
+                    update,
+                    rate,
+                    step % settings.log_every == 0,
+                    judge,
+                    [rows[i] for i in index],
+                )
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
@@ -1082,7 +1101,7 @@ def reward_first(settings, start):
 
 
 def open_judge(settings, llama):
-    """Load the reward model. Returns how it scores a batch, Batch -> (B, T), and the level that it was trained at."""
+    """Load the reward model. Returns how it scores, (batch, its rows) -> (B, T), and what a fingerprint tells of it."""
     folder, level = Path(settings.reward), "token"
     if folder.exists():
         llama.load_adapter("reward", folder, head=True)
@@ -1093,15 +1112,50 @@ def open_judge(settings, llama):
         llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
     if level not in ("token", "sequence"):
         raise ValueError(f"{folder / 'config.json'}: level {level!r} is neither token nor sequence; mend the file")
-    return lambda batch: ppo.judge(llama, batch, level), level
+    return lambda batch, rows: ppo.judge(llama, batch, level), {"reward adapter": folder, "reward level": level}
 
 
-def ppo_updates(settings, llama, batch, update, rate, logged, judge=None):
+def reward_function(name):
+    """The function that --reward names, its answers checked, and what tells it from another: (None, "") for a folder.
+
+    A module is looked for in the current folder, then among what is installed.
+    """
+    module, colon, attribute = "eval:la_rouge1".partition(":") if name == "rouge" else name.partition(":")
+    if not re.fullmatch(r"[\w.]+:\w+", module + colon + attribute):
+        return None, ""
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module), attribute, None)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--reward {name}: cannot import {module} here: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"--reward {name}: {module} has no function {attribute}")
+    file = getattr(sys.modules[module], "__file__", None)
+
+    def checked(source, reference, prediction):
+        where = f"--reward {name}, given {source!r:.60}, {reference!r:.60}, {prediction!r:.60}"
+        try:
+            found = function(source, reference, prediction)
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+        words, numbers = len(prediction.split()), found if isinstance(found, list) else [found]
+        if isinstance(found, list) and len(found) != words:
+            raise ValueError(f"{where}: returned {len(found)} numbers for {words} words")
+        for number in numbers:
+            if not isinstance(number, Real) or not abs(number) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{where}: returned {number!r:.60}, where a finite number is needed")
+        return found
+
+    return checked, f"{name} {digest(Path(file)) if file else ''}"
+
+
+def ppo_updates(settings, llama, batch, update, rate, logged, judge=None, rows=()):
     """All updates on one batch, one by default. Returns the numbers of the last.
 
-    judge: Batch -> (B, T), the reward of every token; by default the reward model's score.
+    judge: (batch, its rows) -> (B, T), the reward of every token; by default the reward model's score.
     """
-    judge = judge or (lambda batch: ppo.judge(llama, batch))
+    judge, rows = judge or (lambda batch, rows: ppo.judge(llama, batch)), iter(rows)
     parts = data.parts(batch, settings.micro_batch_size)
     trajs, kls = [], []
     for epoch in range(settings.ppo_epochs):
@@ -1114,8 +1168,9 @@ def ppo_updates(settings, llama, batch, update, rate, logged, judge=None):
                     with torch.inference_mode():
                         kls.append(logp.detach() - ppo.policy_logp(llama, part))  # (B, T)
                     kl = settings.kl_coef * kls[-1] if settings.kl_coef else None
+                score = judge(part, list(itertools.islice(rows, len(part.tokens))))  # (B, T)
                 trajs.append(ppo.trajectory(
-                    part, logp, value, judge(part), settings.gamma, settings.lam, settings.length_penalty,
+                    part, logp, value, score, settings.gamma, settings.lam, settings.length_penalty,
                     settings.reward_clamp, kl, settings.whiten,
                 ))  # fmt: skip
             policy_loss = ppo.policy_loss(logp, trajs[i], settings.clip_range)

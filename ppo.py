@@ -193,6 +193,32 @@ def judge(llama, batch, level="token"):
     return llama.scalar(llama(batch.tokens, "reward"), "reward") * carriers(batch.mask, level)
 
 
+def word_ends(response, decode):
+    """The number of the token with which each word of the decoded response is complete, by decoding prefixes."""
+    words, ends = decode(response).split(), []
+    for i in range(len(response)):
+        found = decode(response[: i + 1]).split()
+        while len(ends) < len(found) and found[: len(ends) + 1] == words[: len(ends) + 1]:
+            ends.append(i)
+    return ends + [len(response) - 1] * (len(words) - len(ends))
+
+
+def grade(function, rows, batch, decode):
+    """What a function gives the responses in place of a reward model: (B, T), 0 elsewhere.
+
+    function: (source, reference, prediction), all text -> a number, which the last token carries, or a list with one
+    for each word of prediction.split(), which the word's last token carries. rows: the batch's Datum, in its order.
+    """
+    score = torch.zeros(batch.mask.shape)  # (B, T)
+    for b, datum in enumerate(rows):
+        response = batch.tokens[b][batch.mask[b]].tolist()
+        found = function(datum.source, datum.target, decode(response))
+        ends = word_ends(response, decode) if isinstance(found, list) else [len(response) - 1]
+        for end, number in zip(ends, found if isinstance(found, list) else [found], strict=True):
+            score[b, batch.prompt_len[b] + end] += float(number)  # a token may end two words
+    return score.to(batch.tokens.device)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rollout
 

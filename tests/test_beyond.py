@@ -2,14 +2,16 @@
 any Python function. All of it is off by default.
 """
 
+import importlib
 import json
 import random
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_lastmile import exit_code
+from test_lastmile import exit_code, journal, learned
 
 import data
 import lastmile
@@ -315,8 +317,8 @@ def test_ppo_scores_at_the_level_of_its_reward_model(fresh_run, capsys):
     levels = [("sequence", file.read_text(), 1), ("token", "{}", 4), ("token", None, 4)]
     for name, text, n in levels:
         file.write_text(text) if text else file.unlink()
-        judge, level = lastmile.open_judge(SimpleNamespace(reward=str(file.parent)), llama)
-        assert level == name and judge(batch).count_nonzero() == n
+        judge, facts = lastmile.open_judge(SimpleNamespace(reward=str(file.parent)), llama)
+        assert facts["reward level"] == name and judge(batch, []).count_nonzero() == n
     file.write_text('{"level": "sequence"}')
     assert fresh_run("ppo", *flags, "--max-time", 1e-9) == 143
     file.unlink()
@@ -329,3 +331,152 @@ def test_ppo_scores_at_the_level_of_its_reward_model(fresh_run, capsys):
     assert "config.json: level ['word'] is neither token nor sequence" in capsys.readouterr().err
     assert fresh_run("reward", *flags, "--level", "sequence", "--hallucinations", "span", "--overwrite") == 2
     assert "--hallucinations sequence" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards from any function
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module into a new current folder and return its name: one no other test has, as imports are kept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+
+    def write(code):
+        name = f"given_{tmp_path.name}"
+        (tmp_path / f"{name}.py").write_text(code)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return name
+
+    return write
+
+
+PPO = "--train-examples 8 --max-steps 4 --max-new-tokens 24 --log-every 1 --learning-rate 3e-2"
+
+
+def test_words_end_at_their_last_token(tokenizer):
+    """A word's number goes to the token that completes it, and only to that: not to "play" of "playing", nor to a
+    byte in the middle of a character; the words that a function counts are those of the decoded text.
+    """
+    for text in ("Amy is playing  chess at 17:30 🙂 café.", "x", "  two\nlines", "🙂🙂"):
+        response = [*tokenizer.encode(text), tokenizer.eos]
+        ends = ppo.word_ends(response, tokenizer.decode)
+        words = tokenizer.decode(response).split()
+        assert len(ends) == len(words) and ends == sorted(ends) and (len(response) - 1 not in ends)
+        for n, end in enumerate(ends, 1):
+            assert tokenizer.decode(response[: end + 1]).split() == words[:n]
+            assert tokenizer.decode(response[:end]).split() != words[:n]
+    assert ppo.word_ends([tokenizer.eos], tokenizer.decode) == []
+    assert ppo.word_ends([5, 6], lambda ids: "a b" if len(ids) > 1 else "") == [1, 1]  # one token may end two words
+
+
+def test_grade_by_hand(tokenizer):
+    """A number stands on the last token, a list on the words' last tokens, and all else is 0; the function sees source,
+    reference and the prediction of its own row.
+    """
+    rows = [datum_of(tokenizer, "one", "Amy met Ben."), datum_of(tokenizer, "two", "Paul went home with Olga.")]
+    batch, calls = data.collate(rows), []
+    score = ppo.grade(lambda *texts: calls.append(texts) or 0.5, rows, batch, tokenizer.decode)
+    assert torch.equal(score, 0.5 * ppo.carriers(batch.mask, "sequence"))
+    assert calls == [("one", "Amy met Ben.", "Amy met Ben."), ("two", *["Paul went home with Olga."] * 2)]
+    score = ppo.grade(lambda s, r, p: [len(word) for word in p.split()], rows, batch, tokenizer.decode)
+    for b, datum in enumerate(rows):
+        ends = batch.prompt_len[b] + torch.tensor(ppo.word_ends(datum.response, tokenizer.decode))
+        assert score[b, ends].tolist() == [len(word) for word in datum.target.split()]
+        assert score[b].count_nonzero() == len(ends)
+
+
+def test_ppo_with_rouge(fresh_run):
+    """la-rouge1-F1 is a reward without any reward model: truth is paid 1 for the last token, and nothing is trained or
+    loaded beside policy and value.
+    """
+    assert lastmile.evaluation.la_rouge1("", "a b c d", "a b") == pytest.approx(0.5)
+    assert fresh_run("ppo", *PPO.split(), "--reward", "rouge", "--ground-truth-fraction", 1) == 0
+    assert {line["return"] for line in journal(fresh_run.folder / "ppo")} == {1.0}
+    assert not (fresh_run.folder / "reward").exists()
+    assert fresh_run("ppo", *PPO.split(), "--reward", "rouge", "--overwrite", "--dry-run") == 0
+
+
+def test_ppo_learns_a_function(fresh_run, module):
+    """A function of the current folder, one number a word, moves the policy: where each word costs 1, it says fewer.
+    What it is given is what was sampled for that very input, in micro-batches too.
+    """
+    name = module(
+        "seen = []\n"
+        "def score(source, reference, prediction):\n"
+        "    seen.append((source, reference, prediction))\n"
+        "    return [-1.0 for word in prediction.split()]\n"
+    )
+    long = [*PPO.split(), "--train-examples", 16, "--batch-size", 16, "--max-steps", 45, "--ground-truth-fraction", 0]
+    flags = ["--length-penalty", 0, "--micro-batch-size", 6, "--reward", f"{name}:score"]
+    assert fresh_run("ppo", *long, *flags) == 0
+    returns = [line["return"] for line in journal(fresh_run.folder / "ppo")]
+    assert sum(returns[-5:]) > 0.7 * sum(returns[:5])
+    truth = {e.source: e.target for e in data.toy("train")}
+    seen = sys.modules[name].seen
+    assert len(seen) == 45 * 16 + 2 and all(truth[source] == reference for source, reference, _ in seen)
+
+
+def test_a_function_resumes(fresh_run, module, capsys):
+    """Stopped and taken up again, with the same function, a run ends with the same bits; its file changed, or another
+    function named, it is refused.
+    """
+    code = "def score(source, reference, prediction):\n    return len(prediction) / 50\n"
+    name = module(code)
+    flags = [*PPO.split(), "--reward", f"{name}:score"]
+    assert fresh_run("ppo", *flags) == 0
+    whole = learned(fresh_run.folder / "ppo")
+    assert fresh_run("ppo", *flags, "--overwrite", "--max-time", 1e-9) == 143
+    assert fresh_run("ppo", *flags[:-1], "rouge", "--overwrite", "--resume") == 2
+    module(code + "# changed\n")
+    assert fresh_run("ppo", *flags, "--overwrite", "--resume") == 2
+    assert capsys.readouterr().err.count("changed since: reward function") == 2
+    module(code)
+    assert fresh_run("ppo", *flags, "--overwrite", "--resume") == 0
+    assert learned(fresh_run.folder / "ppo") == whole
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (None, "cannot import NAME here: ModuleNotFoundError"),
+        ("def score(", "cannot import NAME here: SyntaxError"),
+        ("raise SystemExit(7)", "cannot import NAME here: SystemExit: 7"),
+        ("other = 1", "NAME has no function score"),
+        ("score = 1", "NAME has no function score"),
+        ("def score(source): return 1", "TypeError: score() takes 1 positional argument"),
+        ("def score(s, r, p): return 1 / 0", "ZeroDivisionError: division by zero (PLACE/NAME.py:1)"),
+        ("def score(s, r, p): return 1 / len(p)", "'': ZeroDivisionError"),  # of an answer that ends at once
+        ("def score(s, r, p): return float('nan')", "returned nan, where a finite number is needed"),
+        ("def score(s, r, p): return 1e99", "returned 1e+99, where a finite number is needed"),
+        ("def score(s, r, p): return None", "returned None, where"),
+        ("def score(s, r, p): return '1'", "returned '1', where"),
+        ("def score(s, r, p): return ['1' for _ in p.split()]", "returned '1', where"),
+        ("def score(s, r, p): return [1]", "returned 1 numbers for"),
+    ],
+)
+def test_bad_functions(fresh_run, module, tmp_path, capsys, code, words):
+    """Whatever is wrong with a function is said in one line before anything is trained, and leaves nothing behind."""
+    name = module(code or "")
+    if code is None:
+        (tmp_path / f"{name}.py").unlink()
+    assert fresh_run("ppo", *PPO.split(), "--reward", f"{name}:score") == 2
+    error = capsys.readouterr().err
+    assert f"--reward {name}:score" in error and error.count("\n") == 1
+    assert words.replace("NAME", name).replace("PLACE", str(tmp_path)) in error
+    assert not (fresh_run.folder / "ppo").exists() and not (fresh_run.folder / "ppo.partial").exists()
+
+
+def test_a_function_that_fails_late_loses_nothing(fresh_run, module, capsys):
+    """What goes wrong in the middle of a training is one line too, with exit code 2, and the checkpoints stand."""
+    name = module(
+        "calls = []\n"
+        "def score(source, reference, prediction):\n"
+        "    calls.append(0)\n"
+        "    return 1.0 if len(calls) < 14 else float('inf')\n"
+    )
+    assert fresh_run("ppo", *PPO.split(), "--reward", f"{name}:score", "--save-every", 1) == 2
+    assert "returned inf" in capsys.readouterr().err
+    assert (fresh_run.folder / "ppo.partial/checkpoints/step-00000002").exists()
