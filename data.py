@@ -682,29 +682,21 @@ NEGATIVES = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Hallucinations, a class of negatives beyond the paper: the true output with ONE edit, so that it is known which tokens
-# are false. Each kind: (datum, other) -> list of (start, end, new): characters of the target, and what replaces them.
-# Words and grammar are English; where nothing fits a kind, another one is drawn.
+# are false. Words and grammar are English; where no edit of a kind fits, another kind is drawn.
 
-
-def groups(*lines):
-    """Words that can stand in one another's place, a line each."""
-    return [line.split() for line in lines]
-
-
-CALENDAR = groups(
+KINDS = "speaker", "name", "number", "time", "negation", "object"
+CALENDAR = [  # each line: words that can stand in one another's place
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "today tonight tomorrow yesterday",
     "January February March April May June July August September October November December",
     "morning afternoon evening", "noon midnight dawn dusk", "week weekend month year", "hour day",
-)  # fmt: skip
-NUMBERS = groups(
-    "two three four five six seven eight nine ten eleven twelve", "twenty thirty forty", "hundred thousand"
-)
-COMMON = groups(
+]  # fmt: skip
+NUMBERS = ["two three four five six seven eight nine ten eleven twelve", "twenty thirty forty", "hundred thousand"]
+COMMON = [
     "about after again also because been before both could does doing done down during each from have having here into "
     "just like more most much only other over same should some such than that their them then there these they this "
     "those through together under until very want wants were what when where which while will with would your"
-)
-PLAIN = {word for group in CALENDAR + NUMBERS + COMMON for word in group}  # neither the name of anyone nor of a thing
+]
+PLAIN = set(" ".join(CALENDAR + NUMBERS + COMMON).split())  # neither the name of anyone nor of a thing
 DIGITS = r"(?P<hour>[0-9]{1,2}(?=[:.][0-9]{2}\b| ?[ap]\.?m\b| o['’]clock))([:.][0-9]{2})?|[0-9]+\b"
 VERBS = "(want|like|need|love|know|think|agree|believe|plan|hope|feel|work|live|remember)"
 NEGATIONS = [  # (pattern, what it becomes)
@@ -733,61 +725,43 @@ def names(datum):
     return sorted({*speakers(datum), *(word for word in words if word.istitle())} - PLAIN)
 
 
-def swap_speaker(datum, other):
-    return swaps(datum.target, speakers(datum), speakers(datum))
+def content(datum):
+    """[(start, end, word, the word before)] of the target's words that the source has too, and that mean something."""
+    words = set(re.findall(r"\w+", datum.source)) - PLAIN
+    places = [place for place in re.finditer(r"\b[^\W\d_]{4,}\b", datum.target) if place[0] in words]
+    return [(*p.span(), p[0], datum.target[: p.start()].split()[-1:]) for p in places if p[0].islower()]
 
 
-def swap_name(datum, other):
-    return swaps(datum.target, names(datum), sorted({*names(datum), *names(other)}))
-
-
-def swap_number(datum, other):
-    """The last digit of a number, or a number in words."""
-    ends = [place.end() for place in re.finditer(DIGITS, datum.target) if not place["hour"]]
-    digits = [(end - 1, end, new) for end in ends for new in "123456789" if new != datum.target[end - 1]]
-    return digits + [edit for group in NUMBERS for edit in swaps(datum.target, group, group)]
-
-
-def swap_time(datum, other):
-    """The hour of a clock time, or a word of the calendar."""
-    hours = [place for place in re.finditer(DIGITS, datum.target) if place["hour"]]
-    clock = [(*place.span("hour"), str(h)) for place in hours for h in range(1, 13) if h != int(place["hour"])]
-    return clock + [edit for group in CALENDAR for edit in swaps(datum.target, group, group)]
-
-
-def negate(datum, other):
-    found = [(place, new) for pattern, new in NEGATIONS for place in re.finditer(pattern, datum.target)]
-    return [(*place.span(), place.expand(new)) for place, new in found]
-
-
-def swap_object(datum, other):
-    """A word of the content by another example's that stands behind the same word: "the park", "the cake"."""
-
-    def content(datum):  # words of the target that stand in the source too: [(start, end, word, the word before)]
-        words = set(re.findall(r"\w+", datum.source)) - PLAIN
-        places = [place for place in re.finditer(r"\b[^\W\d_]{4,}\b", datum.target) if place[0] in words]
-        return [(*p.span(), p[0], datum.target[: p.start()].split()[-1:]) for p in places if p[0].islower()]
-
+def edits(datum, other):
+    """{kind: [(start, end, new)]}: characters of the target, and what takes their place; `other` lends words."""
+    text, who, own = datum.target, speakers(datum), names(datum)
+    digits = list(re.finditer(DIGITS, text))
+    hours, ends = [d for d in digits if d["hour"]], [d.end() for d in digits if not d["hour"]]
+    negations = [(place, new) for pattern, new in NEGATIONS for place in re.finditer(pattern, text)]
     foreign = [found for found in content(other) if not re.search(rf"\b{found[2]}\b", datum.source)]
-    return [(*old[:2], new[2]) for old in content(datum) for new in foreign if old[3] == new[3]]
-
-
-EDITS = {
-    "speaker": swap_speaker, "name": swap_name, "number": swap_number, "time": swap_time, "negation": negate,
-    "object": swap_object,
-}  # fmt: skip
+    in_words = lambda lines: [edit for line in lines for edit in swaps(text, line.split(), line.split())]  # noqa: E731
+    return {
+        "speaker": swaps(text, who, who),
+        "name": swaps(text, own, sorted({*own, *names(other)})),
+        "number": [(end - 1, end, new) for end in ends for new in "123456789" if new != text[end - 1]]  # the last digit
+        + in_words(NUMBERS),
+        "time": [(*d.span("hour"), str(h)) for d in hours for h in range(1, 13) if h != int(d["hour"])]
+        + in_words(CALENDAR),
+        "negation": [(*place.span(), place.expand(new)) for place, new in negations],
+        # behind the same word ("the park", "the cake"), or grammar would give it away
+        "object": [(*old[:2], new[2]) for old in content(datum) for new in foreign if old[3] == new[3]],
+    }
 
 
 def hallucinated(datum, other, tokenizer, limit, rng):
     """The true output with one edit, of a kind drawn among those that apply: (kind, response, span), or three None."""
-    for kind in rng.sample(list(EDITS), len(EDITS)):
-        edits = EDITS[kind](datum, other)
-        if edits:
-            start, end, new = rng.choice(edits)
-            text, rest = datum.target[:start] + new, datum.target[end:]
-            response = [*tokenizer.encode(text + rest), tokenizer.eos]
-            if response != datum.response and len(response) <= limit:
-                return kind, response, touched(datum.response, response, len(rest), tokenizer.decode)
+    found = edits(datum, other)
+    for kind in (kind for kind in rng.sample(KINDS, len(KINDS)) if found[kind]):
+        start, end, new = rng.choice(found[kind])
+        text, rest = datum.target[:start] + new, datum.target[end:]
+        response = [*tokenizer.encode(text + rest), tokenizer.eos]
+        if response != datum.response and len(response) <= limit:
+            return kind, response, touched(datum.response, response, len(rest), tokenizer.decode)
     return None, None, None
 
 
@@ -805,16 +779,14 @@ def touched(truth, response, rest, decode):
     return start, max(start + 1, len(response) - kept)
 
 
-def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=None):
+def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=()):
     """The data and, for each datum, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
     hallucinations: "off", or a class more, 0 on the tokens of the edit ("span") or on all ("sequence"). samples: {class
-    more: a response for each datum}; one that reads as the truth is no negative. The negatives of a datum weigh 1 in
-    total, however many classes there are.
+    more: a response for each datum}; one that reads as the truth is no negative. All classes of a datum weigh 1.
     Returns a list of Datum, a datum followed by its negatives. The same seed makes the same negatives.
     """
     partner = derangement([datum.target for datum in data], random.Random(stream_seed(seed, "mismatched")))
-    samples = samples or {}
     weight = 1 / (len(NEGATIVES) + (hallucinations != "off") + len(samples))
     rows = []
     for i, datum in enumerate(data):
@@ -824,7 +796,7 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=N
         if hallucinations != "off":
             kind, response, span = hallucinated(datum, *given, rng("hallucination"))
             made.append((kind, response, span if hallucinations == "span" else None))
-        for kind, responses in samples.items():
+        for kind, responses in dict(samples).items():
             same = tokenizer.decode(responses[i]).strip() == datum.target
             made.append((kind, None if same else responses[i], None))
         rows.append(datum)

@@ -890,12 +890,10 @@ def train_reward(settings):
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
         heldout = prepare(settings, "validation", tokenizer, settings.eval_examples)
         samplers = {name: load_answerer(settings, llama, name) for name in names}
-        rounds = range(settings.rounds)
-        rows = [
-            row for round in rounds
-            for row in with_negatives(settings, llama, tokenizer, samplers, positives, "train", round)
-        ]  # fmt: skip
-        heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
+        given, rows = (settings, llama, tokenizer, samplers), []
+        for round in range(settings.rounds):
+            rows += with_negatives(*given, positives, "train", round)
+        heldout = with_negatives(*given, heldout, "validation")
         say_missing(settings, rows, names)
         targets = settings.lora_targets.split(",")
         draw = generator(settings, "lora")
@@ -949,17 +947,15 @@ def say_missing(settings, rows, names):
     if settings.hallucinations != "off":
         why["hallucinated"] = "no kind of edit fitting their outputs"
     why |= {f"{name}_sample": "the sample being the true output" for name in names}
-    had = Counter("hallucinated" if row.kind in data.EDITS else row.kind for row in rows)
+    had = Counter("hallucinated" if row.kind in data.KINDS else row.kind for row in rows)
     for kind, reason in why.items():
         if missing := had["positive"] - had[kind]:
             say(f"negatives: {missing} examples have no {kind} one, {reason}")
 
 
 def reward_report(settings, llama, rows):
-    """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart.
-
-    Of hallucinations with a span, also the mean score of its tokens, and how well that is told apart from the mean
-    score of the tokens that the truth has in their place.
+    """Held-out scores: mean score of the positives and of each class, and how well the scores tell them apart; of
+    spans, too, from the tokens that the truth has in their place.
     """
     scores, spans = {}, {}
     for start in range(0, len(rows), 32):
@@ -968,17 +964,15 @@ def reward_report(settings, llama, rows):
             score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
         scored = ppo.carriers(batch.mask, settings.level)  # (B, T)
         means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
-        for datum, mean, of_token, mask in zip(
-            rows[start : start + 32], means.tolist(), score, batch.mask, strict=True
-        ):
-            scores.setdefault(datum.kind, []).append(mean)
+        for b, datum in enumerate(rows[start : start + 32]):
+            scores.setdefault(datum.kind, []).append(means[b].item())
+            tokens = score[b][batch.mask[b]]  # (n,)
             if datum.kind == "positive":
-                truth = of_token[mask]  # (n,)
-            elif datum.span:
+                truth = tokens
+            elif datum.span:  # what follows the edit, the truth has behind its place
                 first, end = datum.span
-                behind = len(datum.response) - end  # what follows the edit follows its place in the truth
-                place = truth[first : max(first + 1, len(truth) - behind)]
-                spans.setdefault(datum.kind, []).append((place.mean().item(), of_token[mask][first:end].mean().item()))
+                place = truth[first : max(first + 1, len(truth) - len(tokens) + end)]
+                spans.setdefault(datum.kind, []).append((place.mean().item(), tokens[first:end].mean().item()))
     report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
     for kind in scores:
         if kind != "positive":
@@ -1056,16 +1050,8 @@ def train_ppo(settings):
                             llama, prompts, "policy", settings.max_new_tokens, generator=draw
                         ),
                     )  # fmt: skip
-                numbers = ppo_updates(
-                    settings,
-                    llama,
-                    batch,
-                    update,
-                    rate,
-                    step % settings.log_every == 0,
-                    judge,
-                    [rows[i] for i in index],
-                )
+                logged, shown = step % settings.log_every == 0, [rows[i] for i in index]
+                numbers = ppo_updates(settings, llama, batch, update, rate, logged, judge, shown)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
@@ -1125,11 +1111,9 @@ def reward_function(name):
         return None, ""
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        function = getattr(importlib.import_module(module), attribute, None)
+        function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--reward {name}: cannot import {module} here: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"--reward {name}: {module} has no function {attribute}")
+        raise ValueError(f"--reward {name}: not to be had here: {type(error).__name__}: {error}") from error
     file = getattr(sys.modules[module], "__file__", None)
 
     def checked(source, reference, prediction):
@@ -1139,12 +1123,10 @@ def reward_function(name):
         except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise ValueError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
-        words, numbers = len(prediction.split()), found if isinstance(found, list) else [found]
-        if isinstance(found, list) and len(found) != words:
-            raise ValueError(f"{where}: returned {len(found)} numbers for {words} words")
-        for number in numbers:
-            if not isinstance(number, Real) or not abs(number) <= torch.finfo(torch.float32).max:
-                raise ValueError(f"{where}: returned {number!r:.60}, where a finite number is needed")
+        numbers, n = found if isinstance(found, list) else [found], len(prediction.split())
+        sound = (isinstance(x, Real) and abs(x) <= torch.finfo(torch.float32).max for x in numbers)
+        if (isinstance(found, list) and len(found) != n) or not all(sound):
+            raise ValueError(f"{where}: {found!r:.60} is neither a finite number nor a list of {n}, one for each word")
         return found
 
     return checked, f"{name} {digest(Path(file)) if file else ''}"

@@ -69,7 +69,7 @@ OTHER = SimpleNamespace(source="Eve: the lamp in Rome? Call Carl.\nFinn: Yes.", 
 )
 def test_edits_by_hand(kind, source, target, some, number):
     """Each kind changes one thing, in all the ways it can, and what it makes reads as if someone had written it."""
-    edits = data.EDITS[kind](SimpleNamespace(source=source, target=target), OTHER)
+    edits = data.edits(SimpleNamespace(source=source, target=target), OTHER)[kind]
     made = [target[:start] + new + target[end:] for start, end, new in edits]
     assert set(some) <= set(made) and len(set(made)) == number and target not in made
 
@@ -102,16 +102,16 @@ def test_hallucinations_as_a_set(positives, tokenizer):
     seed makes the same ones, and the other negatives stay as they are.
     """
     rows = data.with_negatives(positives, tokenizer, 60, 0, "span")
-    edited = [row for row in rows if row.kind in data.EDITS]
+    edited = [row for row in rows if row.kind in data.KINDS]
     assert len(edited) == 60 and len(Counter(row.kind for row in edited)) >= 5
     assert rows == data.with_negatives(positives, tokenizer, 60, 0, "span")
     assert {row.weight for row in rows if row.kind != "positive"} == {1 / 6}
     plain = data.with_negatives(positives, tokenizer, 60, 0)
-    assert [row.response for row in rows if row.kind not in data.EDITS] == [row.response for row in plain]
+    assert [row.response for row in rows if row.kind not in data.KINDS] == [row.response for row in plain]
     batch = data.collate(edited)
     assert ((batch.label == 0).sum(1) == torch.tensor([row.span[1] - row.span[0] for row in edited])).all()
     assert (batch.mask | (batch.label == 1)).all()  # every 0 stands on the response
-    whole = [row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in data.EDITS]
+    whole = [row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in data.KINDS]
     assert [row.response for row in whole] == [row.response for row in edited]
     assert not data.collate(whole).label.any() and {row.span for row in whole} == {None}
 
@@ -141,7 +141,7 @@ def test_reward_reports_kinds_of_edit(fresh_run, capsys):
     """
     assert fresh_run("reward", *SMALL.split(), "--hallucinations", "span", "--eval-examples", 40) == 0
     out, report = capsys.readouterr().out, json.loads((fresh_run.folder / "reward/heldout.json").read_text())
-    kinds = [kind for kind in report if kind in data.EDITS]
+    kinds = [kind for kind in report if kind in data.KINDS]
     assert len(kinds) >= 4 and "AUC of the truth there against it" in out
     for kind in kinds:
         assert 0 <= report[kind]["span_auc"] <= 1 and -9 < report[kind]["span_mean"] < 9
@@ -441,20 +441,20 @@ def test_a_function_resumes(fresh_run, module, capsys):
 @pytest.mark.parametrize(
     "code, words",
     [
-        (None, "cannot import NAME here: ModuleNotFoundError"),
-        ("def score(", "cannot import NAME here: SyntaxError"),
-        ("raise SystemExit(7)", "cannot import NAME here: SystemExit: 7"),
-        ("other = 1", "NAME has no function score"),
-        ("score = 1", "NAME has no function score"),
+        (None, "not to be had here: ModuleNotFoundError"),
+        ("def score(", "not to be had here: SyntaxError"),
+        ("raise SystemExit(7)", "not to be had here: SystemExit: 7"),
+        ("other = 1", "not to be had here: AttributeError: module 'NAME' has no attribute 'score'"),
+        ("score = 1", "TypeError: 'int' object is not callable"),
         ("def score(source): return 1", "TypeError: score() takes 1 positional argument"),
         ("def score(s, r, p): return 1 / 0", "ZeroDivisionError: division by zero (PLACE/NAME.py:1)"),
         ("def score(s, r, p): return 1 / len(p)", "'': ZeroDivisionError"),  # of an answer that ends at once
-        ("def score(s, r, p): return float('nan')", "returned nan, where a finite number is needed"),
-        ("def score(s, r, p): return 1e99", "returned 1e+99, where a finite number is needed"),
-        ("def score(s, r, p): return None", "returned None, where"),
-        ("def score(s, r, p): return '1'", "returned '1', where"),
-        ("def score(s, r, p): return ['1' for _ in p.split()]", "returned '1', where"),
-        ("def score(s, r, p): return [1]", "returned 1 numbers for"),
+        ("def score(s, r, p): return float('nan')", ": nan is neither a finite number nor a list of"),
+        ("def score(s, r, p): return 1e99", ": 1e+99 is neither"),
+        ("def score(s, r, p): return None", ": None is neither"),
+        ("def score(s, r, p): return '1'", ": '1' is neither"),
+        ("def score(s, r, p): return ['1' for _ in p.split()]", ": ['1', '1', "),
+        ("def score(s, r, p): return [1]", ": [1] is neither a finite number nor a list of"),
     ],
 )
 def test_bad_functions(fresh_run, module, tmp_path, capsys, code, words):
@@ -478,5 +478,5 @@ def test_a_function_that_fails_late_loses_nothing(fresh_run, module, capsys):
         "    return 1.0 if len(calls) < 14 else float('inf')\n"
     )
     assert fresh_run("ppo", *PPO.split(), "--reward", f"{name}:score", "--save-every", 1) == 2
-    assert "returned inf" in capsys.readouterr().err
+    assert ": inf is neither" in capsys.readouterr().err
     assert (fresh_run.folder / "ppo.partial/checkpoints/step-00000002").exists()
