@@ -114,6 +114,10 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python tests/bench/growth.py
 	.venv-bench/bin/python tests/bench/memory.py
 
+beyond:   ## each capability beyond the paper on the toy, one at a time: docs/beyond.md; 35 minutes
+beyond: runs/toy/base/model.safetensors
+	$(PY) tests/bench/beyond.py
+
 bench-gpu:  ## kernels, sampling and PPO at Llama-2-7B's shapes on a GPU, weights random: under 9 minutes
 bench-gpu: .venv/run
 	$(PY) tests/bench/gpu.py $(FLAGS)
@@ -144,5 +148,5 @@ loc:      ## lines of the engine
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables report walkthrough exercise fuzz faults bench bench-gpu \
-        sass setup loc clean
+.PHONY: help demo test lint base reward mle ppo eval tables report walkthrough exercise beyond fuzz faults bench \
+        bench-gpu sass setup loc clean
