@@ -13,7 +13,7 @@ it to both products of the low-rank term. Worked example, all sizes 1: x = 2, W 
     y  = 2 x 3 + 1/2 x 2 x 5 x 7 = 41
     dy = 1:   dx = 3 + 1/2 x 5 x 7 = 20.5    dA = 1/2 x 7 x 2 = 7    dB = 1/2 x 2 x 5 = 5
 
-Careful with dx: the layers below learn through it, so it needs both terms. Where to look: `lora.LoRALinear.delta` is
+Careful with dx: the layers below learn through it, so it needs both terms. Where to look: `lora.LoRALinear.plus` is
 the low-rank term as the engine has it, `quant.QuantMatmul.backward` what becomes of W in 4 bits.
 """
 
