@@ -20,6 +20,7 @@ Dimensions: B batch, T time, K input width, N output width, R rank.
 import itertools
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +31,19 @@ from safetensors.torch import load_file, save
 
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def few_rows(rows):
+    """Up to 64 rows, products in here by MKL: over small matrices oneDNN (see model.py) starts longer than it works."""
+    matmul = torch.backends.mkldnn.matmul
+    chosen = matmul.fp32_precision
+    if rows <= 64:
+        matmul.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = chosen
 
 
 class LoRALinear(nn.Module):
@@ -56,8 +70,9 @@ class LoRALinear(nn.Module):
         if name not in self.lora_A:
             return y
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        low = F.linear(x.flatten(0, -2), A)  # (M, R)
-        return torch.addmm(y.flatten(0, -2), low, B.T, alpha=self.scaling[name]).view(y.shape)
+        rows = x.flatten(0, -2)  # (M, K)
+        with few_rows(len(rows)):
+            return torch.addmm(y.flatten(0, -2), F.linear(rows, A), B.T, alpha=self.scaling[name]).view(y.shape)
 
     def merged(self, weight, name):
         """The base's weight with an adapter folded in: (N, K) fp32 -> (N, K) fp32."""

@@ -32,7 +32,16 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lora import LoRALinear, adapter_parameters, add_adapter, load_adapter, lora_layers, project, save_adapter
+from lora import (
+    LoRALinear,
+    adapter_parameters,
+    add_adapter,
+    few_rows,
+    load_adapter,
+    lora_layers,
+    project,
+    save_adapter,
+)
 from quant import QuantLinear, find_zero_offset, quantize_blocks, read_quantize_config
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -276,10 +285,11 @@ def attend_last(q, k, v, length):
     that share a key head stand under one another.
     """
     (B, H, _, D), (_, J, S, _) = q.shape, k.shape
-    score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
     beyond = torch.arange(S, device=q.device) > length[:, None]  # (B, S): padding, or nothing yet
-    score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
-    return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
+    with few_rows(B):
+        score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
+        score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
+        return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
 
 
 class Attention(nn.Module):

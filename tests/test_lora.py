@@ -69,6 +69,21 @@ def test_forward_is_the_formula():
     assert torch.equal(layer(x), layer.base(x)) and not torch.equal(layer(x), layer(x, "a"))
 
 
+def test_few_rows_leave_the_cpu_as_it_was():
+    """Decoding has its small products done by another library; what comes after, an error included, must not be."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        for rows, inside in ((64, "none"), (65, "bf16")):
+            with pytest.raises(KeyError), lora.few_rows(rows):
+                assert matmul.fp32_precision == inside
+                raise KeyError
+            assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_rows_carry_their_own_adapters():
     """A batch of mixed rows gives the values and the gradients of one call per adapter: the stacked pass of PPO rests
     on it. Rows without an adapter, or with one that this layer does not have, are the base's.

@@ -190,7 +190,7 @@ def main():
     found, results, rows = common.facts(), {}, []
     limits = common.ceilings()
     for id in arguments.only.split(","):
-        for size in arguments.sizes.split(","):
+        for size in [size for size in arguments.sizes.split(",") if size in GOALS[id]]:
             rows += {"C1": c1, "C2": c2, "C3": c3}[id](size, arguments.seconds, results)
     common.write("cpu", found, [HEADER, *rows], ceilings=limits, results=results)
 
