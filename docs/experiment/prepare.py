@@ -9,6 +9,7 @@ crd3_pairs.jsonl.gz (CRD3: spoken turns, each with a weakly aligned recap).
                 of SGD and of SAMSum's training split the dialogues alone, with their first 40 words for an answer.
                 No summary of SAMSum is in it.
     OUT/samsum  SAMSum as it is
+    OUT/tune    the same, its test split being the first 200 validation examples: learning rates are chosen there
 """
 
 import csv
@@ -33,6 +34,11 @@ def jsonl(file):
 def main(raw, out):
     (out / "chat").mkdir(parents=True)
     shutil.copytree(raw / "samsum", out / "samsum")
+    shutil.copytree(raw / "samsum", out / "tune")
+    with open(raw / "samsum/validation.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[:201]
+    with open(out / "tune/test.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
     with open(raw / "samsum/train.csv", encoding="utf-8", newline="") as file:
         dialogues = [row["dialogue"] for row in csv.DictReader(file)]
     dialogues += [row["dialogue"] for row in jsonl(raw / "sgd_dialogues.jsonl.gz")]

@@ -76,6 +76,7 @@ def main():
     parser.add_argument("--fits-only", action="store_true", help="the second table alone: no step is run")
     fits_only = parser.parse_args().fits_only
     torch.set_num_threads(1)
+    common.model.prefer_onednn()
     found = common.facts()
     table, numbers = ([], {}) if fits_only else measured()
     second, estimates = fits()
