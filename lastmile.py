@@ -882,6 +882,15 @@ def quantize(settings):
 # The three trainings
 
 
+def average_batch(settings, amounts):
+    """What a batch holds of something on average, amounts being what each row does.
+
+    Losses are divided by this, not by what their own batch holds. Rows of like length share a batch: divided by its own
+    tokens or weights, a batch of long rows would weigh each of them less than a plain shuffle does.
+    """
+    return settings.batch_size * sum(amounts) / len(amounts)
+
+
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
     names = answerers("--samples", settings.samples) if settings.samples else []
@@ -904,15 +913,17 @@ def train_reward(settings):
             return plan(settings, llama, rows, ["reward"], ["reward"])
         update = Updater(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         loaded = {f"{name} adapter": adapter_folder(settings, name) for name in names if name != "base"}
+        usual = average_batch(settings, [row.weight for row in rows])
         shown = ["loss", "positive", "negative"]
         with Run(folder, "reward", settings, rows, update, llama.folder, loaded, shown) as run:
             for step, rate, index in run.steps():
                 batch, scores = data.collate([rows[i] for i in index], settings.device), []
                 for part in data.parts(batch, settings.micro_batch_size):
                     score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T)
-                    update.add(ppo.reward_loss(score, part, settings.level), data.share(part.weight, batch.weight))
+                    update.add(ppo.reward_loss(score, part, settings.level), part.weight.sum().item() / usual)
                     scores.append(score.detach())
                 loss, norm = update(rate)
+                loss *= usual / batch.weight.sum().item()
                 score, scored = torch.cat(scores), ppo.carriers(batch.mask, settings.level)
                 run.log(
                     step, batch, loss=loss, grad_norm=norm, learning_rate=rate,
@@ -1004,13 +1015,15 @@ def train_mle(settings):
         if settings.dry_run:
             return plan(settings, llama, rows, ["mle"], ["mle"])
         update = Updater(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
+        usual = average_batch(settings, [len(row.response) for row in rows])
         with Run(folder, "mle", settings, rows, update, llama.folder, shown=["loss"]) as run:
             for step, rate, index in run.steps():
                 batch = data.collate([rows[i] for i in index], settings.device)
                 for part in data.parts(batch, settings.micro_batch_size):
                     loss = ppo.mle_loss(ppo.policy_logp(llama, part, "mle"), part.mask)
-                    update.add(loss, data.share(part.mask, batch.mask))
+                    update.add(loss, part.mask.sum().item() / usual)
                 loss, norm = update(rate)
+                loss *= usual / batch.mask.sum().item()
                 run.log(step, batch, loss=loss, grad_norm=norm, learning_rate=rate)
         llama.save_adapter("mle", folder, settings.model)
 

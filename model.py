@@ -340,7 +340,8 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)
-        return self.down_proj(SwiGLU.apply(gate, up), adapter)
+        mixed = SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up
+        return self.down_proj(mixed, adapter)
 
 
 class Block(nn.Module):

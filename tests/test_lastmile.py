@@ -926,3 +926,27 @@ def test_the_log_is_json_without_positives_in_a_batch(fresh_run):
     assert fresh_run("reward", *SMALL, "--batch-size", 1, "--max-steps", 6, "--eval-examples", 4) == 0
     lines = journal(fresh_run.folder / "reward")
     assert {None} < {line["positive"] for line in lines} | {line["negative"] for line in lines}
+
+
+@pytest.mark.parametrize("stage, held", [("mle", lambda batch: batch.mask), ("reward", lambda batch: batch.weight)])
+def test_no_datum_weighs_less_for_the_company_it_keeps(fresh_run, monkeypatch, stage, held):
+    """Rows of like length share a batch, and a loss divided by its own batch's tokens or weights would make a long row
+    among long ones count for less than a plain shuffle does. Each token (mle) or weight (reward) is divided by the same
+    number in every batch, and a whole epoch adds up to its number of batches.
+    """
+    shares, batches = [], []
+    add, log = lastmile.Updater.add, lastmile.Run.log
+    monkeypatch.setattr(
+        lastmile.Updater, "add", lambda self, loss, share=1.0: shares.append(share) or add(self, loss, share)
+    )
+    monkeypatch.setattr(
+        lastmile.Run, "log", lambda self, step, batch, **n: batches.append(batch) or log(self, step, batch, **n)
+    )
+    flags = ["--train-examples", 20, "--epochs", 1, "--batch-size", 4]
+    assert fresh_run(stage, *flags, *(["--eval-examples", 4] if stage == "reward" else [])) == 0
+    each = [share / held(batch).sum().item() for share, batch in zip(shares, batches, strict=True)]
+    assert len(each) > 4 and max(each) == pytest.approx(min(each))
+    assert sum(shares) == pytest.approx(sum(len(batch.tokens) for batch in batches) / 4)
+    lines = (fresh_run.folder / stage / "metrics.jsonl").read_text().splitlines()
+    if stage == "mle":  # what is logged stays the mean over the batch: a fresh base's, at the start
+        assert 0 < json.loads(lines[0])["loss"] < 20 and len(lines) == len(batches)
