@@ -456,7 +456,8 @@ def plan(settings, llama, rows, adapters=(), trained=()):
     size = getattr(torch, settings.dtype).itemsize
     memory = {"weights": sum(t.numel() * t.element_size() for t in (*llama.parameters(), *llama.buffers()))}
     if packed:
-        memory["unpacked weights"] = size * (max(packed) if settings.device == "cuda" else sum(packed))
+        largest = 2 * max(packed)  # gate and up, side by side
+        memory["unpacked weights"] = size * (largest if settings.device == "cuda" else sum(packed))
     if settings.device == "cpu" and "base" not in trained:
         memory["head by columns"] = size * llama.config.vocab_size * llama.config.hidden_size
     say(f"\ndry run: no weights are read, nothing is trained\n  model    {settings.model}: "

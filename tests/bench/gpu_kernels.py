@@ -1,7 +1,7 @@
 """The part K of gpu.py: a product with 4-bit weights, against the same with bf16 weights by cuBLAS.
 
 K1  at 1 to 16 rows: packed bytes a second over those of a large copy.
-K2  the same, its speed over cuBLAS.
+K2  the same, its speed over cuBLAS; and over gptq-triton's kernel (fp16) on the same packed weights, if installed.
 K4  at 1,024 to 10,500 rows, and its backward to the input (forward and backward together less forward), over cuBLAS.
 K5  unpacking to bf16: bytes read and written a second over those of a large copy.
 
@@ -38,7 +38,9 @@ def fill(layer, packed):
 
 
 def layers_of(bench, K, N):
-    """QuantLinears of one shape, as many as fill `rotate` bytes, after a check of forward, backward and unpacking."""
+    """(QuantLinears of one shape, what they were made of), as many as fill `rotate` bytes, after a check of forward,
+    backward and unpacking.
+    """
     count = max(2, int(bench.rotate / packed_bytes(K, N)) + 1)
     packed = [random_packed(K, N, bench.device) for _ in range(count)]
     weight = quant.dequantize(*packed[-1], 1)  # (K, N) fp32, the definition
@@ -51,7 +53,7 @@ def layers_of(bench, K, N):
         close(y, x.float() @ weight, f"{M} rows x ({K}, {N})")
         close(dx, dy.float() @ weight.T, f"backward of {M} rows x ({K}, {N})")
     close(layers[-1].weight(bench.dtype), weight, f"weight ({K}, {N})")
-    return layers
+    return layers, packed
 
 
 def close(found, expected, what):
@@ -81,13 +83,41 @@ def random_rows(bench, M, K, **how):
     return torch.randn(M, K, device=bench.device, dtype=bench.dtype, **how)
 
 
-def few_rows(bench, layers, dense, M):
-    """Seconds a product, lap by lap: {"ours": [...], "cublas": [...]}."""
+def gptq_triton(bench):
+    """gptq-triton's product, (x fp16, packed) -> y, tuned as it tunes itself; None where it is not installed."""
+    try:
+        from gptq_triton.quant_linear import matmul4_kernel, triton_matmul4
+    except ImportError:
+        return None
+
+    def interpreted(x, packed):  # without a GPU, where nothing is to be timed: its kernel in one of its configurations
+        (qweight, qzeros, scales, _), M, (K, N) = packed, len(x), (x.shape[1], packed[0].shape[1])
+        y = torch.empty(M, N, dtype=x.dtype)
+        strides = [stride for tensor in (x, qweight, y, scales, qzeros) for stride in tensor.stride()]
+        blocks = dict(BLOCK_SIZE_M=16, BLOCK_SIZE_N=256, BLOCK_SIZE_K=128, GROUP_SIZE_M=8)
+        matmul4_kernel.fn[(-(-M // 16) * (N // 256),)](
+            x, qweight, y, scales, qzeros, M, N, K, *strides, GROUP, K == GROUP, **blocks
+        )
+        return y
+
+    if bench.device == "cpu":
+        return interpreted
+    return lambda x, packed: triton_matmul4(GROUP, x, packed[0], packed[2], packed[1])
+
+
+def few_rows(bench, layers, packed, dense, M):
+    """Seconds a product, lap by lap: {"ours": [...], "cublas": [...], and "gptq-triton" where it is installed}."""
     x = random_rows(bench, M, layers[0].in_features)
-    contestants = {"ours": lambda: [layer(x) for layer in layers], "cublas": lambda: [F.linear(x, w) for w in dense]}
-    laps = bench.race({name: graphed(run, bench) for name, run in contestants.items()}, seconds=2)
-    counts = {"ours": len(layers), "cublas": len(dense)}
-    return {name: [t / counts[name] for t in laps[name]] for name in laps}
+    contestants = {
+        "ours": (len(layers), lambda: [layer(x) for layer in layers]),
+        "cublas": (len(dense), lambda: [F.linear(x, w) for w in dense]),
+    }
+    if peer := gptq_triton(bench):
+        half = x.half()
+        close(peer(half, packed[-1]), half.float() @ quant.dequantize(*packed[-1], 1), f"gptq-triton, {M} rows")
+        contestants["gptq-triton"] = len(packed), lambda: [peer(half, p) for p in packed]
+    laps = bench.race({name: graphed(run, bench) for name, (_, run) in contestants.items()}, seconds=2)
+    return {name: [t / contestants[name][0] for t in laps[name]] for name in laps}
 
 
 def many_rows(bench, layers, dense, M):
@@ -118,15 +148,15 @@ def kernels(bench):
     many = {M: [] for M in ((64,) if bench.tiny else GOALS)}
     unpack = []
     for K, N in shapes:
-        layers = layers_of(bench, K, N)
+        layers, packed = layers_of(bench, K, N)
         dense = [layer.weight(bench.dtype).T.contiguous() for layer in layers[: len(layers) // 4 + 2]]
         for M, found in few.items():
-            found.append(few_rows(bench, layers, dense, M))
+            found.append(few_rows(bench, layers, packed, dense, M))
         run = graphed(lambda layers=layers: [layer.weight(bench.dtype) for layer in layers], bench)
         unpack.append([t / len(layers) for t in bench.race({"unpack": run}, seconds=2)["unpack"]])
         for M, found in many.items():
             found.append(many_rows(bench, layers[:4], dense[:4], M))
-        del layers, dense, run
+        del layers, packed, dense, run
     report(bench, shapes, few, many, unpack)
 
 
@@ -139,6 +169,10 @@ def report(bench, shapes, few, many, unpack):
         rate = [packed / t / bench.copy for t in ours]
         bench.line("K1", f"M = {M}, packed bytes/s over copy", rate, 0.60, 0.80, laps=found)
         bench.line("K2", f"M = {M}, over cuBLAS bf16", over(cublas, ours), 2.5, 3.2, unit="x")
+        if "gptq-triton" in found[0]:
+            bench.line(
+                "K2", f"M = {M}, over gptq-triton", over(block([laps["gptq-triton"] for laps in found]), ours), unit="x"
+            )
     for M, found in many.items():
         for way in ("forward", "dX"):
             ours, cublas = (block([laps[way, whose] for laps in found]) for whose in ("ours", "cublas"))
