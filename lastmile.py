@@ -1159,7 +1159,7 @@ def ppo_updates(settings, llama, batch, update, rate, logged, judge=None, rows=(
     for epoch in range(settings.ppo_epochs):
         passes, losses = [], torch.zeros(2)
         for i, part in enumerate(parts):
-            logp, entropy, value = ppo.actor_critic(llama, part)
+            logp, entropy, value = ppo.actor_critic(llama, part, settings.entropy_coef > 0)
             if epoch == 0:
                 kl = None
                 if settings.kl_coef or logged:  # the base is the policy without its adapter: no second model

@@ -169,17 +169,18 @@ def token_entropy(logits, batch):
     return fill(batch.mask, -(logp.exp() * logp).sum(1))
 
 
-def actor_critic(llama, batch):
+def actor_critic(llama, batch, entropy_learns=False):
     """Policy and value in ONE pass: their rows stand under one another over the shared base.
 
     The adapters differ, the base does not: each of its products (and each dequantisation) is done once for both.
-    Returns logp, entropy and value, all (B, T).
+    Returns logp, entropy and value, all (B, T). entropy_learns: whether the loss has an entropy term; without, nothing
+    of it is kept for backward.
     """
     B = len(batch.tokens)
     h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
     policy, value = h.split(B)  # each (B, T, C)
     logits = response_logits(llama, policy, batch)  # (n, V)
-    logp, entropy = token_logp(logits, batch), token_entropy(logits, batch)
+    logp, entropy = token_logp(logits, batch), token_entropy(logits if entropy_learns else logits.detach(), batch)
     return logp, entropy, fill(batch.mask, llama.scalar(before(value, batch.mask), "value"))
 
 

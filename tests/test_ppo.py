@@ -331,3 +331,15 @@ def test_ground_truth_batches_are_spread_evenly(fraction, first):
     """Half and half (paper, 3.3) alternates, from a sampled batch on; other shares are spread as evenly."""
     shown = [ppo.is_ground_truth(step, fraction) for step in range(1000)]
     assert shown[:8] == first and sum(shown) == 1000 * fraction
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_entropy_keeps_nothing_unless_it_is_learned_from(run_folder, learns):
+    """An entropy bonus needs the entropy's gradient; without one its graph would hold three times the logits in vain."""
+    llama = model.load(run_folder / "base")
+    for name, head in (("policy", None), ("value", "zero")):
+        llama.add_adapter(name, 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0), head)
+    batch = data.collate([data.Datum("", "", "", [1, 5, 6], [7, 8, 2])])
+    logp, entropy, value = ppo.actor_critic(llama, batch, learns)
+    assert logp.requires_grad and value.requires_grad and entropy.requires_grad == learns
+    assert (entropy[batch.mask] > 0).all()
