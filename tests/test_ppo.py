@@ -335,7 +335,7 @@ def test_ground_truth_batches_are_spread_evenly(fraction, first):
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_entropy_keeps_nothing_unless_it_is_learned_from(run_folder, learns):
-    """An entropy bonus needs the entropy's gradient; without one its graph would hold three times the logits in vain."""
+    """A bonus needs the entropy's gradient; without one its graph would hold three times the logits in vain."""
     llama = model.load(run_folder / "base")
     for name, head in (("policy", None), ("value", "zero")):
         llama.add_adapter(name, 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0), head)
