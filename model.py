@@ -302,7 +302,7 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(linear("v_proj", C, self.J * D))
         self.o_proj = LoRALinear(linear("o_proj", self.H * D, C))
 
-    def forward(self, x, cos, sin, adapter, cache, layer):
+    def forward(self, x, cos, sin, adapter, cache, layer, at):
         B, T, C = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
         q = q.view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
@@ -313,8 +313,11 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.fill(layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D), adapter)  # (B, T, C)
+            if at is None:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
+            else:
+                y = attend_last(q[torch.arange(B, device=x.device), :, at][:, :, None], k, v, at)  # (B, H, 1, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, y.shape[2], self.H * self.D), adapter)  # (B, T or 1, C)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -352,8 +355,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, lambda name, K, N: linear(f"mlp.{name}", K, N))
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer)
+    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, at=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, at)
+        x = y + (x if at is None else x[torch.arange(len(x), device=x.device), at][:, None])
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
@@ -384,10 +388,11 @@ class Llama(nn.Module):
         self.folder = None  # that it was loaded from
         self.hash = ""  # of its files, where the caller knows them: adapters remember their base by it
 
-    def forward(self, tokens, adapter=None, cache=None):
+    def forward(self, tokens, adapter=None, cache=None, at=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
 
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
+        at (B,): the one column of each row that is asked for, (B, 1, C): the last block leaves out the others.
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)  # (T,)
@@ -400,7 +405,8 @@ class Llama(nn.Module):
             if recompute:
                 x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, adapter, cache, i)
+                last = i == len(self.model.layers) - 1
+                x = block(x, cos, sin, adapter, cache, i, at if last else None)
         return self.model.norm(x)
 
     def logits(self, h):
@@ -470,7 +476,7 @@ def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, ge
     for b, prompt in enumerate(prompts):
         tokens[b, : len(prompt)] = torch.tensor(prompt)
     cache = KVCache(llama.config, B, T + max_new_tokens, device, llama.model.embed_tokens.weight.dtype)
-    h = llama(tokens.to(device), adapter, cache)[torch.arange(B, device=device), length - 1]  # (B, C)
+    h = llama(tokens.to(device), adapter, cache, at=length - 1)[:, 0]  # (B, C)
     logits, cache.length = llama.logits(h), length
     step = decoder(llama, adapter, cache)
     eos = torch.tensor(llama.config.eos_token_id, device=device)

@@ -375,7 +375,7 @@ class QuantMatmul(torch.autograd.Function):
 def product(x, layer):
     """x (…, K) times the weight of a QuantLinear or Joined: (…, N)."""
     rows = x.flatten(0, -2)  # (M, K)
-    if layer.packed() and len(rows) <= KERNEL_ROWS:
+    if layer.dense is None and layer.packed() and len(rows) <= KERNEL_ROWS:
         y = triton_matmul(rows, layer.tiles)  # (M, N)
     else:
         y = rows @ layer.weight(x.dtype, shared=True)  # (M, N)
@@ -411,13 +411,14 @@ class Joined:
 
     def weight(self, dtype, shared=False):
         """As in QuantLinear."""
+        if self.dense is not None and self.dense.dtype == dtype:
+            return self.dense
         if self.packed():
             return triton_dequantize(self.tiles, dtype, shared)
-        if self.dense is None or self.dense.dtype != dtype:
-            self.dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
-            parts = self.dense.split([layer.out_features for layer in self.layers], 1)
-            for layer, part in zip(self.layers, parts, strict=True):
-                layer.dense = part
+        self.dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
+        parts = self.dense.split([layer.out_features for layer in self.layers], 1)
+        for layer, part in zip(self.layers, parts, strict=True):
+            layer.dense = part
         return self.dense
 
     def __call__(self, x):
@@ -462,7 +463,7 @@ class QuantLinear(nn.Module):
         """Replace qweight by tiles."""
         with torch.inference_mode(False):  # sampling may come here first, and then autograd
             self.tiles = to_tiles(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset)
-        self.qweight = None
+        self.qweight, self.dense = None, None
 
     def unpack(self):
         if self.tiles:
@@ -471,6 +472,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, *args, **kwargs):  # .to(device)
         self.unpack()
+        self.dense = None
         return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, *args):
@@ -488,10 +490,11 @@ class QuantLinear(nn.Module):
 
         shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
         """
+        if self.dense is not None and self.dense.dtype == dtype:
+            return self.dense
         if self.packed():
             return triton_dequantize(self.tiles, dtype, shared)
-        if self.dense is None or self.dense.dtype != dtype:
-            self.dense = dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
+        self.dense = dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
         return self.dense
 
     def add_bias(self, y):
