@@ -86,7 +86,7 @@ def test_the_demo(fresh_run, capsys):
     [
         ("reward", "--train-examples 2 --batch-size 12 --learning-rate 1e-2 --eval-examples 4", "loss", 0.15),
         ("mle", "--train-examples 2 --batch-size 2 --learning-rate 1e-2", "loss", 0.5),
-        ("ppo", "--train-examples 4 --batch-size 4 --learning-rate 3e-2 --ground-truth-fraction 1", "value_loss", 0.1),
+        ("ppo", "--train-examples 4 --batch-size 4 --learning-rate 1e-2 --ground-truth-fraction 1", "value_loss", 0.1),
     ],
     ids=["reward", "mle", "ppo"],
 )
