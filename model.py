@@ -316,7 +316,7 @@ class Attention(nn.Module):
             if at is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
             else:
-                y = attend_last(q[torch.arange(B, device=x.device), :, at][:, :, None], k, v, at)  # (B, H, 1, D)
+                y = attend_last(q[cache.row, :, at][:, :, None], k, v, at)  # (B, H, 1, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, y.shape[2], self.H * self.D), adapter)  # (B, T or 1, C)
 
 
@@ -357,7 +357,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, at=None):
         y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, at)
-        x = y + (x if at is None else x[torch.arange(len(x), device=x.device), at][:, None])
+        x = y + (x if at is None else x[cache.row, at][:, None])
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
@@ -392,7 +392,7 @@ class Llama(nn.Module):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
 
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
-        at (B,): the one column of each row that is asked for, (B, 1, C): the last block leaves out the others.
+        at (B,), with the prompts: the one column of each that is asked for, (B, 1, C): the last block skips the rest.
         """
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)  # (T,)

@@ -387,7 +387,23 @@ def multiply(x, layer):
     return QuantMatmul.apply(x, layer) if x.requires_grad else product(x, layer)
 
 
-class Joined:
+class Dense:
+    """What a layer and several joined ones have in common: their dense weight."""
+
+    def weight(self, dtype, shared=False):
+        """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product.
+
+        shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
+        """
+        if self.dense is not None and self.dense.dtype == dtype:
+            return self.dense
+        if self.packed():
+            return triton_dequantize(self.tiles, dtype, shared)
+        self.dense = self.unpacked(dtype)
+        return self.dense
+
+
+class Joined(Dense):
     """Layers of one input as one: their columns lie side by side in one memory, of which each has a view as its own.
 
     One product for q, k, v and one for gate, up: fewer kernels to launch, and act-order's gather is done once.
@@ -409,17 +425,13 @@ class Joined:
                 layer.tiles = layer.tiles._replace(words=w, steps=s)
         return self.tiles
 
-    def weight(self, dtype, shared=False):
-        """As in QuantLinear."""
-        if self.dense is not None and self.dense.dtype == dtype:
-            return self.dense
-        if self.packed():
-            return triton_dequantize(self.tiles, dtype, shared)
-        self.dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
-        parts = self.dense.split([layer.out_features for layer in self.layers], 1)
+    def unpacked(self, dtype):
+        """As in QuantLinear; from here on each layer's own weight is a part of this one."""
+        dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
+        parts = dense.split([layer.out_features for layer in self.layers], 1)
         for layer, part in zip(self.layers, parts, strict=True):
             layer.dense = part
-        return self.dense
+        return dense
 
     def __call__(self, x):
         """x (…, K) -> [(…, N) of each layer]."""
@@ -429,7 +441,7 @@ class Joined:
         return [layer.add_bias(part[..., : layer.out_features]) for layer, part in parts]
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(Dense, nn.Module):
     """A frozen 4-bit linear layer, K inputs to N outputs; stands where an nn.Linear(K, N) would.
 
     Its buffers are the tensors of the file. On a GPU the first product replaces qweight by tiles, so that the weights
@@ -485,17 +497,9 @@ class QuantLinear(nn.Module):
             self.pack()
         return self.tiles
 
-    def weight(self, dtype, shared=False):
-        """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product.
-
-        shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
-        """
-        if self.dense is not None and self.dense.dtype == dtype:
-            return self.dense
-        if self.packed():
-            return triton_dequantize(self.tiles, dtype, shared)
-        self.dense = dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
-        return self.dense
+    def unpacked(self, dtype):
+        """The dense weight (K, N), by the definition."""
+        return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
 
     def add_bias(self, y):
         return y if self.bias is None else y + self.bias.to(y.dtype)
