@@ -826,6 +826,9 @@ class Run:
 def pretrain(settings):
     """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
     C, H, J = settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads
+    dtype = getattr(torch, settings.dtype)  # of the products; weights and their updates are fp32
+    if dtype == torch.float16:
+        raise ValueError("--dtype float16: its gradients vanish without loss scaling; take bfloat16 or float32")
     if C % (2 * H) or H % J:  # rope turns dimensions in pairs
         raise ValueError(f"--hidden-size {C} must be a multiple of twice the {H} heads, and these of the {J} kv heads")
     with stage_folder(settings, "pretrain") as folder:
@@ -855,7 +858,8 @@ def pretrain(settings):
             for step, rate, index in run.steps(settings.warmup_steps):
                 batch = data.collate([rows[i] for i in index], settings.device)
                 for part in data.parts(batch, settings.micro_batch_size):
-                    loss = ppo.mle_loss(ppo.policy_logp(llama, part), part.mask)
+                    with torch.autocast(settings.device, dtype, enabled=dtype != torch.float32):
+                        loss = ppo.mle_loss(ppo.policy_logp(llama, part), part.mask)
                     update.add(loss, data.share(part.mask, batch.mask))
                 loss, norm = update(rate)
                 run.log(step, batch, loss=loss, grad_norm=norm, learning_rate=rate)
@@ -1686,6 +1690,7 @@ def main(arguments=None):
             run = COMMANDS[command][1]
             if settings.device == "cpu":
                 model.prefer_onednn()
+                model.keep_pages()
             run(settings, text) if command == "sample" else run(settings)
             over.append(0)
             return 0
