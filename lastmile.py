@@ -1689,8 +1689,8 @@ def main(arguments=None):
             command, settings, text = parse(sys.argv[1:] if arguments is None else arguments)
             run = COMMANDS[command][1]
             if settings.device == "cpu":
-                model.prefer_onednn()
                 model.keep_pages()
+                model.prefer_onednn()
             run(settings, text) if command == "sample" else run(settings)
             over.append(0)
             return 0

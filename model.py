@@ -20,6 +20,7 @@ import ctypes
 import errno
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -209,11 +210,12 @@ def prefer_onednn():
 
 
 def keep_pages():
-    """Have glibc keep the large blocks that it frees, instead of giving them back to the kernel.
+    """Have the C library keep the large blocks that it frees, and torch lay them out in pages of 2 MB.
 
-    The kernel hands out every page of the next one anew, and cleared: a third of a CPU step, for a few percent more
-    memory at the peak. With another C library nothing changes.
+    Otherwise glibc gives them back, and the kernel hands out every 4 KB of the next one anew, and cleared: half of a
+    CPU step, for a tenth more memory at the peak. Elsewhere than on Linux nothing changes.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
