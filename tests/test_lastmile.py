@@ -627,6 +627,25 @@ def test_pretrain_takes_a_template(tmp_path):
     assert (tmp_path / "run/pretrain/template.txt").read_text() == "Text: {source}\nGist: "
 
 
+def test_pretrain_in_bfloat16(tmp_path, capsys):
+    """--dtype bfloat16 halves the time of the products on new CPUs: the weights stay fp32 and learn the same, to
+    bf16's three digits. float16 would lose its gradients to underflow, silently: refused.
+    """
+    flags = "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 1 --num-attention-heads 2 --vocab-size 500"
+    flags = [*flags.split(), "--num-key-value-heads", "2", "--max-steps", "5"]
+    last = {}
+    for dtype in ("float32", "bfloat16"):
+        assert lastmile.main(["pretrain", *flags, "--dtype", dtype, "--output-dir", str(tmp_path / dtype)]) == 0
+        weights = load_file(tmp_path / dtype / "pretrain/model.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+        lines = (tmp_path / dtype / "pretrain/metrics.jsonl").read_text().splitlines()
+        last[dtype] = [json.loads(line)["loss"] for line in lines]
+    assert last["float32"] != last["bfloat16"] and last["float32"] == pytest.approx(last["bfloat16"], rel=1e-2)
+    assert last["bfloat16"][-1] < last["bfloat16"][0]
+    assert lastmile.main(["pretrain", *flags, "--dtype", "float16", "--output-dir", str(tmp_path / "half")]) == 2
+    assert "take bfloat16 or float32" in capsys.readouterr().err and not (tmp_path / "half").exists()
+
+
 def test_an_adapter_s_folder_is_as_good_as_its_name(fresh_run, trained, reward, capsys):
     """sample --adapter FOLDER and ppo --init FOLDER take adapters of other runs, and do with them what they do with
     their own.
