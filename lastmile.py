@@ -460,7 +460,8 @@ def plan(settings, llama, rows, adapters=(), trained=()):
         memory["unpacked weights"] = size * (largest if settings.device == "cuda" else sum(packed))
     if settings.device == "cpu" and "base" not in trained:
         memory["head by columns"] = size * llama.config.vocab_size * llama.config.hidden_size
-    say(f"\ndry run: no weights are read, nothing is trained\n  model    {settings.model}: "
+    name = "fresh weights" if "base" in trained else settings.model
+    say(f"\ndry run: no weights are read, nothing is trained\n  model    {name}: "
           f"{(sum(p.numel() for p in whole.values()) + sum(packed)) / 1e6:,.1f} M parameters")  # fmt: skip
     if rows:
         T = max(len(datum.prompt) + len(datum.response) for datum in rows)
