@@ -28,19 +28,21 @@ RUNS = Path("runs/experiment")
 SHAPE = ("--vocab-size 8000 --hidden-size 256 --intermediate-size 704 --num-hidden-layers 4 --num-attention-heads 4 "
          "--num-key-value-heads 4")  # fmt: skip
 BASE = f"--data data/samsum --model {RUNS}/main/base"
-TRAIN = f"{BASE} --train-examples 1500"
-REWARD = f"--reward {RUNS}/main/reward"
-MLE, PPO = "--learning-rate 1e-3", "--learning-rate 3e-4"  # chosen by the rows of `tune`
+TRAIN, MORE = "--train-examples 1500", "--train-examples 4000"
+REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("3e-3", "3e-3", "3e-3"))  # chosen by `tune`
+TUNED = BASE.replace("data/samsum", "data/tune")
 SEEDS = (1, 2, 3)
-RATES = ("3e-4", "1e-3", "3e-3")
+RATES = ("1e-3", "3e-3", "1e-2")
+JUDGE = f"--reward {RUNS}/seed-1/reward"
 
 
-def seeded(mle="", ppo="", adapters="policy", seed=1):
-    """The stages of one row: {stage: flags}; None leaves a stage out."""
-    stages = {} if mle is None else {"mle": f"{TRAIN} --seed {seed} {MLE} {mle}"}
-    if ppo is not None:
-        stages["ppo"] = f"{TRAIN} --seed {seed} {PPO} {REWARD} {ppo}"
-    return stages | {"eval": f"{BASE} --bleurt none --adapters {adapters}"}
+def judged(adapters):
+    return f"{BASE} --bleurt none --adapters {adapters}"
+
+
+def changed(flags):
+    """PPO as in the row `seed 1`, but for the flags."""
+    return {"ppo": f"{BASE} --seed 1 {TRAIN} {JUDGE} {PPO} {flags}", "eval": judged("policy")}
 
 
 ROWS = {
@@ -49,24 +51,33 @@ ROWS = {
                     "--batch-size 16 --epochs 3 --learning-rate 2e-3 --warmup-steps 200 --max-new-tokens 110 "
                     "--dtype bfloat16 --save-every 200",
         "quantize": f"--data data/samsum --model {RUNS}/main/pretrain --group-size 32",
-        "reward": f"{TRAIN} --learning-rate 1e-3",
     },
+    **{f"tune reward {rate}": {"reward": f"{BASE} {TRAIN} --learning-rate {rate}"} for rate in RATES[:2]},
     **{f"tune mle {rate}": {
-        "mle": f"{TRAIN.replace('data/samsum', 'data/tune')} --learning-rate {rate}",
-        "eval": f"{BASE.replace('data/samsum', 'data/tune')} --bleurt none --adapters mle",
+        "mle": f"{TUNED} {TRAIN} --learning-rate {rate}",
+        "eval": f"{TUNED} --bleurt none --adapters mle",
     } for rate in RATES},
     **{f"tune ppo {rate}": {
-        "ppo": f"{TRAIN.replace('data/samsum', 'data/tune')} {REWARD} --learning-rate {rate}",
-        "eval": f"{BASE.replace('data/samsum', 'data/tune')} --bleurt none --adapters policy",
+        "ppo": f"{TUNED} {TRAIN} --reward {RUNS}/tune-reward-3e-3/reward --learning-rate {rate}",
+        "eval": f"{TUNED} --bleurt none --adapters policy",
     } for rate in RATES},
-    **{f"seed {seed}": seeded(adapters="base,mle,policy", seed=seed) for seed in SEEDS},
-    "no EOS in labels": seeded("--no-eos-in-labels", None, "mle"),
-    "whiten": seeded(None, "--whiten"),
-    "truth 0": seeded(None, "--ground-truth-fraction 0"),
-    "truth 1": seeded(None, "--ground-truth-fraction 1"),
-    "lambda 1": seeded(None, "--lam 1"),
-    "init mle": seeded(None, f"--init {RUNS}/seed-1/mle"),
-    "ppo-epochs 4": seeded(None, "--ppo-epochs 4"),
+    **{f"seed {seed}": {
+        "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
+        "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
+        "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
+        "eval": judged("base,mle,policy"),
+    } for seed in SEEDS},
+    "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
+    "whiten": changed("--whiten"),
+    "truth 0": changed("--ground-truth-fraction 0"),
+    "truth 1": changed("--ground-truth-fraction 1"),
+    "lambda 1": changed("--lam 1"),
+    "init mle": changed(f"--init {RUNS}/seed-1/mle"),
+    "ppo-epochs 4": changed("--ppo-epochs 4"),
+    "4000 examples": {
+        "reward": f"{BASE} {MORE} {REWARD}", "mle": f"{BASE} {MORE} {MLE}", "ppo": f"{BASE} {MORE} {PPO}",
+        "eval": judged("mle,policy"),
+    },
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 THREADS = {"pretrain": 2}  # elsewhere 1: two rows can run side by side. The last bits depend on it
