@@ -16,11 +16,9 @@ the other without complaint and computes nonsense).
 Dimensions: B batch, T time, C width, H query heads, J key/value heads, D head size, V vocabulary, S cache length.
 """
 
-import ctypes
 import errno
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field
@@ -207,20 +205,6 @@ def prefer_onednn():
             matmul.fp32_precision = "none"
             return False
     return True
-
-
-def keep_pages():
-    """Have the C library keep the large blocks that it frees, and torch lay them out in pages of 2 MB.
-
-    Otherwise glibc gives them back, and the kernel hands out every 4 KB of the next one anew, and cleared: half of a
-    CPU step, for a tenth more memory at the peak. Elsewhere than on Linux nothing changes.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
-        libc.mallopt(mmap_max, 0)  # large blocks lie on the heap, too,
-        libc.mallopt(trim_threshold, -1)  # and its end is not cut off
 
 
 class RMSNorm(nn.Module):
