@@ -32,7 +32,7 @@ TRAIN, MORE = "--train-examples 1500", "--train-examples 4000"
 REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("3e-3", "3e-3", "3e-3"))  # chosen by `tune`
 TUNED = BASE.replace("data/samsum", "data/tune")
 SEEDS = (1, 2, 3)
-RATES = ("1e-3", "3e-3", "1e-2")
+RATES = {"reward": ("1e-3", "3e-3"), "mle": ("1e-3", "3e-3", "1e-2", "3e-2"), "ppo": ("1e-3", "3e-3", "1e-2")}
 JUDGE = f"--reward {RUNS}/seed-1/reward"
 
 
@@ -52,15 +52,15 @@ ROWS = {
                     "--dtype bfloat16 --save-every 200",
         "quantize": f"--data data/samsum --model {RUNS}/main/pretrain --group-size 32",
     },
-    **{f"tune reward {rate}": {"reward": f"{BASE} {TRAIN} --learning-rate {rate}"} for rate in RATES[:2]},
+    **{f"tune reward {rate}": {"reward": f"{BASE} {TRAIN} --learning-rate {rate}"} for rate in RATES["reward"]},
     **{f"tune mle {rate}": {
         "mle": f"{TUNED} {TRAIN} --learning-rate {rate}",
         "eval": f"{TUNED} --bleurt none --adapters mle",
-    } for rate in RATES},
+    } for rate in RATES["mle"]},
     **{f"tune ppo {rate}": {
         "ppo": f"{TUNED} {TRAIN} --reward {RUNS}/tune-reward-3e-3/reward --learning-rate {rate}",
         "eval": f"{TUNED} --bleurt none --adapters policy",
-    } for rate in RATES},
+    } for rate in RATES["ppo"]},
     **{f"seed {seed}": {
         "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
         "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
