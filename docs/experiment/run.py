@@ -29,7 +29,7 @@ SHAPE = ("--vocab-size 8000 --hidden-size 256 --intermediate-size 704 --num-hidd
          "--num-key-value-heads 4")  # fmt: skip
 BASE = f"--data data/samsum --model {RUNS}/main/base"
 TRAIN, MORE = "--train-examples 1500", "--train-examples 4000"
-REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("3e-3", "3e-3", "3e-3"))  # chosen by `tune`
+REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("3e-3", "1e-2", "3e-3"))  # chosen by `tune`
 TUNED = BASE.replace("data/samsum", "data/tune")
 SEEDS = (1, 2, 3)
 RATES = {"reward": ("1e-3", "3e-3"), "mle": ("1e-3", "3e-3", "1e-2", "3e-2"), "ppo": ("1e-3", "3e-3", "1e-2")}
