@@ -5,8 +5,8 @@
 With a reward of r a token and a penalty of 2.5 for each token beyond the reference, one more token is worth writing
 while r > 2.5 P(the reference is shorter). A policy that knows nothing of the reference's length stops at the r / 2.5
 quantile of reference lengths; one that knows more goes beyond its reference in a share r / 2.5 of its outputs, still.
-r is the reward model's mean score of the tokens that the column itself wrote on the test split, EOS counted; beside it
-stands that of the references.
+r is the mean score, by the reward model of the row `seed 1`, of the tokens that the column itself wrote on the test
+split, EOS counted; beside it stands that of the references.
 """
 
 import json
@@ -41,16 +41,17 @@ def measure(judge, tokenizer, lines, key):
 
 
 def main():
-    folder = run.folder_of("main")
-    settings = lastmile.Ppo(model=f"{folder}/base", reward=f"{folder}/reward", device="cpu", dtype="float32")
+    judge = run.folder_of("seed 1") / "reward"
+    settings = lastmile.Ppo(model=f"{run.RUNS}/main/base", reward=str(judge), device="cpu", dtype="float32")
     llama, tokenizer = lastmile.open_base(settings)
     judge, _ = lastmile.open_judge(settings, llama)
-    found, table = {}, [["row", "column", *FORMATS]]
-    for row in run.ROWS:
+    found, table, truth = {}, [["row", "column", *FORMATS]], None
+    for row in [row for row in run.ROWS if not row.startswith("tune")]:
         for file in sorted((run.folder_of(row) / "eval").glob("*.jsonl")):
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            if truth is None:  # all rows have the same test split
+                truth, reference = measure(judge, tokenizer, lines, "reference")
             reward, length = measure(judge, tokenizer, lines, "prediction")
-            truth, reference = measure(judge, tokenizer, lines, "reference")
             share = min(max(reward / PENALTY, 0.0), 1.0)
             values = (reward, truth, length.mean(), reference.mean(), share, np.quantile(reference, share),
                       (length > reference).mean())  # fmt: skip

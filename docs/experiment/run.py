@@ -8,6 +8,7 @@ A row that was stopped goes on where it was: every stage is run with --resume. N
 lastmile.py; the lines printed can be typed one by one.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -21,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import eval as evaluation  # noqa: E402
 import lastmile  # noqa: E402
-from eval import COLUMNS, markdown  # noqa: E402
+from eval import COLUMNS  # noqa: E402
 
 RUNS = Path("runs/experiment")
 SHAPE = ("--vocab-size 8000 --hidden-size 256 --intermediate-size 704 --num-hidden-layers 4 --num-attention-heads 4 "
@@ -102,47 +104,76 @@ def run(row):
             print(f"{row}: {stage} took {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def results():
-    """{row: {column: {metric: mean over test examples}}} of the rows that are done, with their facts."""
-    found = {}
-    for row in ROWS:
-        place = folder_of(row) / "eval"
-        if place.exists():
-            scores, intervals, facts = (
-                json.loads((place / f"{name}.json").read_text()) for name in ("scores", "intervals", "facts")
-            )
-            found[row] = {"commands": ROWS[row], "facts": facts, "scores": scores, "intervals": intervals}
-    return found
-
-
 METRICS = ("excess_length", "la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rouge1-F1", "rouge1-precision",
            "rouge1-recall")  # fmt: skip
 
 
-def table():
-    found = results()
-    lines = [["row", "column", "n", *METRICS]]
+@functools.cache
+def by_example(row, column):
+    """{metric: an array of one number for each test example}, from the row's predictions."""
+    found = lastmile.read_outputs(folder_of(row) / "eval")
+    return evaluation.metrics_by_example(found[column], found["reference"])
+
+
+def difference(one, other):
+    """{metric: (mean, low, high)} of one (row, column) less the other on the same examples, with a paired bootstrap."""
+    one, other = by_example(*one), by_example(*other)
+    return {m: (float((one[m] - other[m]).mean()), *evaluation.interval(one[m] - other[m], 0)) for m in METRICS}
+
+
+def results():
+    """{row: its commands, and what its reward model and its columns score} of the rows that are done."""
+    found = {}
+    for row, stages in ROWS.items():
+        place, one = folder_of(row), {"commands": stages}
+        if (file := place / "reward" / "heldout.json").exists():
+            one["heldout"] = json.loads(file.read_text())
+        if (place / "eval").exists():
+            one |= {
+                name: json.loads((place / f"eval/{name}.json").read_text()) for name in ("facts", "scores", "intervals")
+            }
+            if {"mle", "policy"} <= one["scores"].keys():
+                one["policy less mle"] = difference((row, "policy"), (row, "mle"))
+            elif (folder_of("seed 1") / "eval").exists() and "tune" not in row:
+                one["less that of seed 1"] = {
+                    column: difference((row, column), ("seed 1", column)) for column in one["scores"]
+                }
+        if len(one) > 1:
+            found[row] = one
+    return found
+
+
+def tables(found):
+    """Of what `results` found: AUC of the reward models; every column; and differences on the same examples."""
+    judged = {row: one["heldout"] for row, one in found.items() if "heldout" in one}
+    classes = list(dict.fromkeys(kind for heldout in judged.values() for kind in heldout if kind != "positive"))
+    rewards = [["AUC of positives against", *classes]]
+    rewards += [[row, *(f"{heldout[kind]['auc']:.3f}" for kind in classes)] for row, heldout in judged.items()]
+
+    scores, differences = [["row", "column", "n", *METRICS]], [["difference", *METRICS]]
     for row, one in found.items():
-        for column in COLUMNS:
-            if column in one["scores"]:
-                mean, ends = one["scores"][column], one["intervals"][column]
-                cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
-                lines.append([row, column, str(one["facts"]["n"]), *cells])
-    done = [row for row in found if row.startswith("seed")]
-    for column in COLUMNS:
-        values = [found[row]["scores"][column] for row in done if column in found[row]["scores"]]
-        if len(values) > 1:
-            means = {m: [v[m] for v in values] for m in METRICS}
-            cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in means.values()]
-            lines.append([f"{len(values)} seeds", column, "", *cells])
-    print(markdown(lines))
-    place = ROOT / "docs/experiment/results.json"
-    lastmile.write_json(place, found)
+        for column in [column for column in COLUMNS if column in one.get("scores", {})]:
+            mean, ends = one["scores"][column], one["intervals"][column]
+            cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
+            scores.append([row, column, str(one["facts"]["n"]), *cells])
+        pairs = {"policy less mle": one["policy less mle"]} if "policy less mle" in one else {}
+        pairs |= {f"{column} less seed 1's": numbers for column, numbers in one.get("less that of seed 1", {}).items()}
+        for name, numbers in pairs.items():
+            cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
+            differences.append([f"{row}: {name}", *cells])
+    seeds = [one["scores"] for row, one in found.items() if row.startswith("seed") and "scores" in one]
+    for column in COLUMNS if len(seeds) > 1 else ():
+        values = {m: [score[column][m] for score in seeds] for m in METRICS}
+        cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in values.values()]
+        scores.append([f"{len(seeds)} seeds", column, "", *cells])
+    return [lines for lines in (rewards, scores, differences) if len(lines) > 1]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
-        table()
+        found = results()
+        print(*map(evaluation.markdown, tables(found)), sep="\n\n")
+        lastmile.write_json(ROOT / "docs/experiment/results.json", found)
     else:
         for row in sys.argv[1:] or ROWS:
             run(row)
