@@ -433,7 +433,8 @@ def dry(run, stage, *flags, capsys):
     capsys.readouterr()
     assert run(stage, *flags, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert out.count("dry run: ") == 1 and re.search(r"^  model +\S+: [\d.,]+ M parameters$", out, re.M)
+    name = "fresh weights" if stage == "pretrain" else r"\S+"
+    assert out.count("dry run: ") == 1 and re.search(rf"^  model +{name}: [\d.,]+ M parameters$", out, re.M)
     assert re.search(r"^  memory +weights [\d.]+ .*= [\d.]+ GB", out, re.M)
     patterns = dict(rows=r"data +([\d,]+) rows", steps=r"steps +([\d,]+) of", trained=r"trained +.*: ([\d,]+) param")
     found = {name: re.search(pattern, out) for name, pattern in patterns.items()}
