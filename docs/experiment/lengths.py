@@ -9,7 +9,6 @@ r is the mean score, by the reward model of the row `seed 1`, of the tokens that
 split, EOS counted; beside it stands that of the references.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -41,14 +40,14 @@ def measure(judge, tokenizer, lines, key):
 
 
 def main():
-    judge = run.folder_of("seed 1") / "reward"
-    settings = lastmile.Ppo(model=f"{run.RUNS}/main/base", reward=str(judge), device="cpu", dtype="float32")
+    model, reward = run.folder_of("main") / "base", run.folder_of("seed 1") / "reward"
+    settings = lastmile.Ppo(model=str(model), reward=str(reward), device="cpu", dtype="float32")
     llama, tokenizer = lastmile.open_base(settings)
     judge, _ = lastmile.open_judge(settings, llama)
     found, table, truth = {}, [["row", "column", *FORMATS]], None
     for row in [row for row in run.ROWS if not row.startswith("tune")]:
         for file in sorted((run.folder_of(row) / "eval").glob("*.jsonl")):
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = lastmile.read_lines(file)
             if truth is None:  # all rows have the same test split
                 truth, reference = measure(judge, tokenizer, lines, "reference")
             reward, length = measure(judge, tokenizer, lines, "prediction")

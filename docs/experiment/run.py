@@ -129,9 +129,8 @@ def results():
         if (file := place / "reward" / "heldout.json").exists():
             one["heldout"] = json.loads(file.read_text())
         if (place / "eval").exists():
-            one |= {
-                name: json.loads((place / f"eval/{name}.json").read_text()) for name in ("facts", "scores", "intervals")
-            }
+            names = "scores", "intervals", "facts"
+            one |= dict(zip(names, lastmile.read_scores(place / "eval")[0], strict=True))
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
             elif (folder_of("seed 1") / "eval").exists() and "tune" not in row:
