@@ -32,6 +32,8 @@ import numpy as np
 import sentencepiece
 import torch
 
+from formats.errors import UserError
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Randomness: every draw is a pure function of (seed, stream, step), so nothing has to be remembered between steps.
 
@@ -92,7 +94,7 @@ def load(name_or_path, split, input_column=None, target_column=None):
     that holds {train,validation,test}.{csv,jsonl,json,parquet}, or one such file, whose rows are then dealt 8:1:1 by
     row number. split: "train", "validation" or "test"; toy also has "pretrain".
     Returns a list of Example, texts stripped and line ends as "\n".
-    Raises FileNotFoundError or ValueError with the file, the row and the remedy.
+    Raises FileNotFoundError or UserError with the file, the row and the remedy.
     """
     if name_or_path == "toy":
         return toy(split)
@@ -117,18 +119,18 @@ def load(name_or_path, split, input_column=None, target_column=None):
             else:
                 examples.append(to_example(f"{file}:{number}", row, columns))
             if len(examples) > ROW_LIMIT:
-                raise ValueError(f"{file}: over {ROW_LIMIT} rows; cut it")
+                raise UserError(f"{file}: over {ROW_LIMIT} rows; cut it")
     if empty:
         print(f"{split}: {empty} rows of {name_or_path} have an empty text and are passed over", file=sys.stderr)
     if path.is_file():
         if len(examples) < 10:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(examples)} rows; a single file is dealt 8:1:1 into train, validation and test and needs "
                 f"at least 10, or give --data a folder with one file a split"
             )
         examples = [e for i, e in enumerate(examples) if i % 10 in SPLIT_SHARE[split]]
     if not examples:
-        raise ValueError(f"{files[0]}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
+        raise UserError(f"{files[0]}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
     return examples
 
 
@@ -142,7 +144,7 @@ def fetch(repo, revision, patterns, kind):
     must be one of the first pattern.
     HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN mean what they mean everywhere. While the Hub cannot be reached, a
     cache that another program filled is taken as it is: the caller checks that its files are there.
-    Raises ValueError with what could not be had, and the remedy.
+    Raises UserError with what could not be had, and the remedy.
     """
     import requests
     from huggingface_hub import HfApi, constants, errors, snapshot_download
@@ -185,7 +187,7 @@ def fetch(repo, revision, patterns, kind):
         problem = str(error)
     except requests.RequestException as error:
         problem = f"the download broke off ({type(error).__name__}); run the same command again, it goes on from there"
-    raise ValueError(f"{what}: {problem}")
+    raise UserError(f"{what}: {problem}")
 
 
 def find_split(folder, split):
@@ -199,16 +201,16 @@ def find_split(folder, split):
 def read_rows(file):
     """Yield (row number, dict) from a file; of text files the number is the line's. NA and None stay strings."""
     if file.suffix not in SUFFIXES:
-        raise ValueError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}")
+        raise UserError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}")
     if file.suffix == ".parquet":
         yield from enumerate(read_parquet(file), 1)
         return
     if file.stat().st_size > FILE_LIMIT:
-        raise ValueError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
+        raise UserError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
     try:
         text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
     lines, number = io.StringIO(text, newline=""), 0  # splits at \n and \r only: U+2028 may stand inside a string
     remedy = "mend or remove that row"
     try:
@@ -219,7 +221,7 @@ def read_rows(file):
         elif file.suffix == ".json":
             rows = parse_json(text)
             if not isinstance(rows, list):
-                raise ValueError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
+                raise UserError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
             yield from enumerate(rows, 1)
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
@@ -233,7 +235,7 @@ def read_rows(file):
         number = number or getattr(error, "lineno", 1)
         if file.suffix == ".json" and str(error).startswith("Extra data"):
             remedy = "if it holds one object a line, call it .jsonl"
-        raise ValueError(f"{file}:{number}: {error}; {remedy}") from None
+        raise UserError(f"{file}:{number}: {error}; {remedy}") from None
 
 
 class BadJson(ValueError):
@@ -267,7 +269,7 @@ def read_parquet(file):
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise ValueError(f"{file}: parquet needs pyarrow; install it: pip install 'pyarrow==26.0.1'") from None
+        raise UserError(f"{file}: parquet needs pyarrow; install it: pip install 'pyarrow==26.0.1'") from None
     try:
         with ParquetFile(file) as opened:
             groups = [opened.metadata.row_group(i) for i in range(opened.num_row_groups)]
@@ -280,19 +282,19 @@ def read_parquet(file):
                     break
                 yield from rows
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last two: dates without end
-        raise ValueError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
+        raise UserError(f"{file}: not a readable parquet file ({error}); fetch it again") from None
     if size > most:
-        raise ValueError(f"{file}: unfolds to over {INFLATION_LIMIT} times its size, as no text does; fetch it again")
+        raise UserError(f"{file}: unfolds to over {INFLATION_LIMIT} times its size, as no text does; fetch it again")
 
 
 def guess_columns(where, row, input_column, target_column):
     """(input column, target column) of a row: those named, or the one pair of COLUMNS that is there."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
+        raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
     if None in row:  # where csv puts the cells for which the header has no name
-        raise ValueError(f"{where}: more cells than the header has; put quotes round text that holds commas")
+        raise UserError(f"{where}: more cells than the header has; put quotes round text that holds commas")
     if bool(input_column) != bool(target_column):
-        raise ValueError("--input-column and --target-column go together; name both")
+        raise UserError("--input-column and --target-column go together; name both")
     if input_column:
         found = [(input_column, target_column)] if input_column in row and target_column in row else []
     else:
@@ -301,7 +303,7 @@ def guess_columns(where, row, input_column, target_column):
         found = [pair for pair in COLUMNS if set(pair) <= set(row)]
     if len(found) != 1:
         problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
-        raise ValueError(
+        raise UserError(
             f"{where}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME --target-column NAME"
         )
     return found[0]
@@ -311,14 +313,14 @@ def to_example(where, row, columns):
     texts = [conversation(row[column]) for column in columns]
     for column, text in zip(columns, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: column {column!r} is empty or not text; mend or remove that row")
+            raise UserError(f"{where}: column {column!r} is empty or not text; mend or remove that row")
         if len(text) > FIELD_LIMIT:
-            raise ValueError(f"{where}: column {column!r} is longer than {FIELD_LIMIT} characters; cut or remove it")
+            raise UserError(f"{where}: column {column!r} is longer than {FIELD_LIMIT} characters; cut or remove it")
         if not encodable(text):
-            raise ValueError(f"{where}: column {column!r} holds half a UTF-16 pair; mend or remove that row")
+            raise UserError(f"{where}: column {column!r} holds half a UTF-16 pair; mend or remove that row")
     target = row[columns[1]]
     if isinstance(target, list) and [turn["role"] for turn in target] != ["assistant"]:
-        raise ValueError(f"{where}: the last message must be one of role 'assistant'; mend or remove that row")
+        raise UserError(f"{where}: the last message must be one of role 'assistant'; mend or remove that row")
     name = row.get("id")
     return Example(where.rpartition(":")[2] if name in (None, "") else str(name), *map(clean, texts))
 
@@ -402,11 +404,11 @@ def load_template(name, folder, controls):
             )
         text = read_text(Path(name), 1 << 16)
         if text.count("{source}") != 1:
-            raise ValueError(f"{name}: the template must hold {{source}} exactly once, where the input text goes")
+            raise UserError(f"{name}: the template must hold {{source}} exactly once, where the input text goes")
         return text, ""
     missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name][0])) - set(controls))
     if missing:
-        raise ValueError(f"--template {name}: this model's tokenizer has no {missing[0]}; choose another --template")
+        raise UserError(f"--template {name}: this model's tokenizer has no {missing[0]}; choose another --template")
     return TEMPLATES[name]
 
 
@@ -435,7 +437,7 @@ class Tokenizer:
         ]  # fmt: skip
         prompts = [sum(row, list(self.start)) for row in zip(*columns, strict=True)]
         if not all(prompts):
-            raise ValueError("the tokenizer finds no tokens in a prompt; take the model's own tokenizer")
+            raise UserError("the tokenizer finds no tokens in a prompt; take the model's own tokenizer")
         return prompts
 
     def until_eos(self, ids):
@@ -451,7 +453,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self.sp.Load(str(file))
         except (RuntimeError, OSError, ValueError):  # the last: a message that is not UTF-8
-            raise ValueError(f"{file}: not a SentencePiece model; fetch it again") from None
+            raise UserError(f"{file}: not a SentencePiece model; fetch it again") from None
         controls = {self.sp.IdToPiece(i): i for i in range(self.sp.vocab_size()) if self.sp.IsControl(i)}
         bos, eos = self.sp.bos_id(), self.sp.eos_id()  # -1: there is none
         super().__init__(folder, template, self.sp.vocab_size(), controls, bos if bos >= 0 else None, eos)
@@ -484,7 +486,7 @@ def one_line(file):
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{file}: not a sound tokenizer ({error}); fetch it again") from None
+        raise UserError(f"{file}: not a sound tokenizer ({error}); fetch it again") from None
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
@@ -508,7 +510,7 @@ class JsonTokenizer(Tokenizer):
         controls = {token.content: i for i, token in special if token.special}
         eos = self.name_of_eos(Path(folder))
         if not isinstance(eos, str) or eos not in controls:
-            raise ValueError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
+            raise UserError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
         with one_line(file):
             first = self.tokenizer.encode("").ids[:1]  # what the tokenizer itself puts before every text
         bos = first[0] if first and first[0] != controls[eos] else None
@@ -521,7 +523,7 @@ class JsonTokenizer(Tokenizer):
         try:
             eos = parse_json(read_text(file, 64 << 20)).get("eos_token")
         except (json.JSONDecodeError, BadJson, AttributeError, OSError) as error:
-            raise ValueError(f"{file}: needed to know the EOS token, but unreadable ({error}); fetch it") from None
+            raise UserError(f"{file}: needed to know the EOS token, but unreadable ({error}); fetch it") from None
         return eos.get("content") if isinstance(eos, dict) else eos
 
     @cached_property
@@ -560,7 +562,7 @@ def within(file, limit):
     """The file, unless it is larger than any of its kind is."""
     if file.stat().st_size > limit:
         size = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
-        raise ValueError(f"{file}: over {size}, larger than any such file is; name or fetch the right one")
+        raise UserError(f"{file}: over {size}, larger than any such file is; name or fetch the right one")
     return file
 
 
@@ -568,7 +570,7 @@ def read_text(file, limit):
     try:
         return within(file, limit).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; fetch it again or convert it") from None
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; fetch it again or convert it") from None
 
 
 def train_tokenizer(texts, vocab_size, folder):
@@ -582,7 +584,7 @@ def train_tokenizer(texts, vocab_size, folder):
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"--vocab-size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
+        raise UserError(f"--vocab-size {vocab_size} does not suit this text: {str(error).splitlines()[-1]}") from None
     (Path(folder) / "tokenizer.model").write_bytes(written.getvalue())
     return load_tokenizer(folder)
 
@@ -621,7 +623,7 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
         long = long or ("long_output" if len(target) + 1 > max_new_tokens else None)
         counts[long or "kept"] += 1
         if not target:
-            raise ValueError(f"the tokenizer finds no tokens in the output {example.target!r:.80}; mend or remove it")
+            raise UserError(f"the tokenizer finds no tokens in the output {example.target!r:.80}; mend or remove it")
         if not long:
             response = [*target, tokenizer.eos] if append_eos else target
             kept.append(Datum(example.id, example.source, example.target, prompt, response))
@@ -809,11 +811,11 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
 def derangement(texts, rng):
     """A permutation p with texts[p[i]] != texts[i] for every i, as uniform as swapping clashes away allows.
 
-    Raises ValueError where none can exist: one text alone, or one text that fills more than half of the rows.
+    Raises UserError where none can exist: one text alone, or one text that fills more than half of the rows.
     """
     N = len(texts)
     if N == 0 or max(Counter(texts).values()) > N / 2:
-        raise ValueError(
+        raise UserError(
             f"outputs of {N} examples cannot be re-paired: one text makes up more than half of them; add other examples"
         )
     p = rng.sample(range(N), N)
@@ -926,7 +928,7 @@ def toy(split):
     makes the base model show the failure modes that the paper's base shows (4.3), so that there is something to cure.
     """
     if split not in TOY_SIZES:
-        raise ValueError(f"toy has no split {split!r}; it has {', '.join(TOY_SIZES)}")
+        raise UserError(f"toy has no split {split!r}; it has {', '.join(TOY_SIZES)}")
     rng = random.Random(stream_seed(0, "toy", split))
     examples = []
     for i in range(TOY_SIZES[split]):

@@ -14,6 +14,8 @@ ROUGE: Lin 2004, the rouge-score package, no stemmer. BLEURT: Pu et al. 2021, th
 
 import numpy as np
 
+from formats.errors import UserError
+
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")
 PARTS = ("F1", "precision", "recall")
@@ -97,7 +99,7 @@ def metrics_by_example(predictions, references):
     from rouge_score import rouge_scorer  # here, so that a machine that only trains can do without it
 
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; run eval again")
+        raise UserError(f"{len(predictions)} predictions for {len(references)} references; run eval again")
     scorer = rouge_scorer.RougeScorer(ROUGES, use_stemmer=False)
     rows = {metric: [] for metric in ("excess_length", *ROWS[1:])}
     for prediction, reference in zip(predictions, references, strict=True):

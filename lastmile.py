@@ -44,6 +44,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 
+from formats.errors import UserError
+
 
 def lazy(name):
     """Import a module when it is first used: `--help` and a mistyped flag are answered without waiting for torch."""
@@ -316,7 +318,7 @@ def locked(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: another run is at work there; wait for it, or name another --output-dir"
             ) from None
         yield
@@ -381,7 +383,7 @@ def open_base(settings, dtype=None):
     ids, eos = (tokenizer.vocab_size - 1, tokenizer.bos or 0, tokenizer.eos), llama.config.eos_token_id
     size = max(ids) + 1
     if size > llama.config.vocab_size or (tokenizer.own_eos and tokenizer.eos not in eos):
-        raise ValueError(
+        raise UserError(
             f"{folder}: the tokenizer ({size} pieces, EOS {tokenizer.eos}) is not that of config.json "
             f"({llama.config.vocab_size}, EOS {eos}); fetch the model again"
         )
@@ -426,7 +428,7 @@ def prepare(settings, split, tokenizer, examples=0, append_eos=True):
 def drawn(settings, split, rows, examples):
     """That many of the rows, drawn by seed, in their order; all of them where examples is 0."""
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
         )
     if not 0 < examples < len(rows):
@@ -524,16 +526,16 @@ class Updater:
         return weights | {f"{key}.{i}": tensor for i, found in state.items() for key, tensor in found.items()}
 
     def restore(self, tensors):
-        """The inverse of `tensors`. Raises ValueError where they are not of these parameters."""
+        """The inverse of `tensors`. Raises UserError where they are not of these parameters."""
         parameters = list(itertools.chain(*self.groups))
         keys = ("weight", "exp_avg", "exp_avg_sq", "step")
         shapes = {f"{key}.{i}": p.shape[: p.dim() * (key != "step")] for key in keys for i, p in enumerate(parameters)}
         if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise ValueError("its tensors are not those of this model")
+            raise UserError("its tensors are not those of this model")
         for name, tensor in tensors.items():
             least = {"step": 1, "exp_avg_sq": 0}.get(name.rpartition(".")[0], -math.inf)
             if tensor.dtype != torch.float32 or not tensor.isfinite().all() or tensor.min() < least:
-                raise ValueError(f"{name} holds numbers that no training leaves")
+                raise UserError(f"{name} holds numbers that no training leaves")
         state = {}
         for name, tensor in tensors.items():
             key, _, i = name.rpartition(".")
@@ -586,23 +588,23 @@ def write_checkpoint(place, tensors, facts):
 
 
 def read_checkpoint(place):
-    """(tensors, facts) of a checkpoint. Raises ValueError saying what is wrong where its manifest does not hold."""
+    """(tensors, facts) of a checkpoint. Raises UserError saying what is wrong where its manifest does not hold."""
     from safetensors import SafetensorError
 
     try:
         manifest = json.loads((place / "manifest.json").read_text())
         if manifest["version"] > VERSION:
-            raise ValueError("it was written by a newer lastmile")
+            raise UserError("it was written by a newer lastmile")
         for name in CHECKPOINT:
             with open(place / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != manifest[name]:
-                    raise ValueError(f"{name} is damaged")
+                    raise UserError(f"{name} is damaged")
         facts = json.loads((place / "state.json").read_text())
         if type(facts["step"]) is not int or facts["step"] < 0:
-            raise ValueError(f"step {facts['step']!r:.80} is no number of steps")
+            raise UserError(f"step {facts['step']!r:.80} is no number of steps")
         return safetensors.load_file(place / "state.safetensors"), facts
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{place}: no valid checkpoint: {error}") from None
+        raise UserError(f"{place}: no valid checkpoint: {error}") from None
 
 
 def digest(*paths, sample=1 << 26):
@@ -664,7 +666,7 @@ def loggers(settings, stage):
         try:
             run = wandb.init(project="lastmile", name=name, dir=place, config=asdict(settings))
         except wandb.Error as error:
-            raise ValueError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
+            raise UserError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
         found.append((lambda step, numbers: run.log(numbers, step=step), run.finish))
     return found
 
@@ -700,7 +702,7 @@ class Run:
                 tensors, facts = read_checkpoint(place)
             except ValueError as error:
                 if named:
-                    raise ValueError(f"{error}; name another one, or --resume auto") from None
+                    raise UserError(f"{error}; name another one, or --resume auto") from None
                 say(f"lastmile.py: {error}; going back to the one before", file=sys.stderr)
                 continue
             step = facts.pop("step")
@@ -710,19 +712,19 @@ class Run:
                     f"{name} ({facts.get(name)} then, {self.facts.get(name)} now)" if name[:2] == "--" else name
                     for name in changed
                 ]
-                raise ValueError(
+                raise UserError(
                     f"{place}: changed since: {', '.join(shown)}; bring back what was, or start anew with --overwrite"
                 )
             try:
                 self.update.restore(tensors)
             except ValueError as error:
-                raise ValueError(f"{place}: {error}; name another one, or start anew with --overwrite") from None
+                raise UserError(f"{place}: {error}; name another one, or start anew with --overwrite") from None
             with suppress(shutil.SameFileError, FileNotFoundError):  # --resume PATH may name another run's
                 shutil.copyfile(place.parents[1] / "metrics.jsonl", self.folder / "metrics.jsonl")
             say(f"{self.stage}: goes on from {place}")
             return step
         if places:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder / 'checkpoints'}: not one is valid; bring one back, or start anew with "
                 f"--overwrite in place of --resume"
             )
@@ -832,9 +834,9 @@ def pretrain(settings):
     C, H, J = settings.hidden_size, settings.num_attention_heads, settings.num_key_value_heads
     dtype = getattr(torch, settings.dtype)  # of the products; weights and their updates are fp32
     if dtype == torch.float16:
-        raise ValueError("--dtype float16: its gradients vanish without loss scaling; take bfloat16 or float32")
+        raise UserError("--dtype float16: its gradients vanish without loss scaling; take bfloat16 or float32")
     if C % (2 * H) or H % J:  # rope turns dimensions in pairs
-        raise ValueError(f"--hidden-size {C} must be a multiple of twice the {H} heads, and these of the {J} kv heads")
+        raise UserError(f"--hidden-size {C} must be a multiple of twice the {H} heads, and these of the {J} kv heads")
     with stage_folder(settings, "pretrain") as folder:
         split = "pretrain" if settings.data == "toy" else "train"
         examples = data.load(settings.data, split, settings.input_column, settings.target_column)
@@ -873,11 +875,11 @@ def pretrain(settings):
 def quantize(settings):
     """A dense Llama folder to a 4-bit one. Reads --model, by default <output-dir>/pretrain."""
     if settings.group_size != -1 and (settings.group_size < 8 or settings.group_size % 8):
-        raise ValueError(f"--group-size {settings.group_size}: must be -1 (one scale a column) or a multiple of 8")
+        raise UserError(f"--group-size {settings.group_size}: must be -1 (one scale a column) or a multiple of 8")
     with stage_folder(settings, "base") as folder:
         llama, tokenizer = open_base(settings)
         if llama.config.quantization:
-            raise ValueError(f"{settings.model}: is quantised already; name an fp16 or fp32 model: --model FOLDER")
+            raise UserError(f"{settings.model}: is quantised already; name an fp16 or fp32 model: --model FOLDER")
         rows = prepare(settings, "train", tokenizer, settings.calibration_examples)
         if settings.dry_run:
             return plan(settings, llama, rows)
@@ -904,7 +906,7 @@ def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
     names = answerers("--samples", settings.samples) if settings.samples else []
     if settings.level == "sequence" and settings.hallucinations == "span":
-        raise ValueError("--level sequence scores no single tokens; take --hallucinations sequence")
+        raise UserError("--level sequence scores no single tokens; take --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
         positives = prepare(settings, "train", tokenizer, settings.train_examples)
@@ -1040,7 +1042,7 @@ def train_mle(settings):
 def train_ppo(settings):
     """Policy and value against the reward model; half of the batches sampled, half ground truth (paper, 3.3)."""
     if settings.whiten and settings.micro_batch_size:
-        raise ValueError("--whiten needs the whole batch's advantages at once; leave out --micro-batch-size")
+        raise UserError("--whiten needs the whole batch's advantages at once; leave out --micro-batch-size")
     with stage_folder(settings, "ppo") as folder:
         start = adapter_folder(settings, settings.init) if settings.init != "base" else None
         function, source = reward_function(settings.reward)
@@ -1121,7 +1123,7 @@ def open_judge(settings, llama):
         targets = Reward.lora_targets.split(",")
         llama.add_adapter("reward", Reward.lora_r, Reward.lora_alpha, targets, generator(settings), head="normal")
     if level not in ("token", "sequence"):
-        raise ValueError(f"{folder / 'config.json'}: level {level!r} is neither token nor sequence; mend the file")
+        raise UserError(f"{folder / 'config.json'}: level {level!r} is neither token nor sequence; mend the file")
     return lambda batch, rows: ppo.judge(llama, batch, level), {"reward adapter": folder, "reward level": level}
 
 
@@ -1137,7 +1139,7 @@ def reward_function(name):
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--reward {name}: not to be had here: {type(error).__name__}: {error}") from error
+        raise UserError(f"--reward {name}: not to be had here: {type(error).__name__}: {error}") from error
     file = getattr(sys.modules[module], "__file__", None)
 
     def checked(source, reference, prediction):
@@ -1146,11 +1148,11 @@ def reward_function(name):
             found = function(source, reference, prediction)
         except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            raise ValueError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+            raise UserError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
         numbers, n = found if isinstance(found, list) else [found], len(prediction.split())
         sound = (isinstance(x, Real) and abs(x) <= torch.finfo(torch.float32).max for x in numbers)
         if (isinstance(found, list) and len(found) != n) or not all(sound):
-            raise ValueError(f"{where}: {found!r:.60} is neither a finite number nor a list of {n}, one for each word")
+            raise UserError(f"{where}: {found!r:.60} is neither a finite number nor a list of {n}, one for each word")
         return found
 
     return checked, f"{name} {digest(Path(file)) if file else ''}"
@@ -1205,7 +1207,7 @@ def answerers(flag, value):
     """The names that a flag lists, each once."""
     names = value.split(",")
     if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
-        raise ValueError(f"{flag} {value}: choose among base, mle and policy")
+        raise UserError(f"{flag} {value}: choose among base, mle and policy")
     return names
 
 
@@ -1296,7 +1298,7 @@ def read_scores(folder):
         text = evaluation.tables(*found)
         text.encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None
+        raise UserError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None
     return found, text
 
 
@@ -1326,7 +1328,7 @@ def read_lines(file, keys=()):
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            raise ValueError(f"{file}: line {i} is not one that lastmile writes; run that stage again")
+            raise UserError(f"{file}: line {i} is not one that lastmile writes; run that stage again")
         rows.append(row)
     return rows
 
@@ -1340,7 +1342,7 @@ def read_outputs(folder):
     texts = {name: [row["prediction"] for row in rows] for name, rows in found.items()}
     rows = next(iter(found.values()), [])
     if not rows or any([row["id"] for row in other] != [row["id"] for row in rows] for other in found.values()):
-        raise ValueError(f"{folder}: not the predictions that eval writes; run eval again")
+        raise UserError(f"{folder}: not the predictions that eval writes; run eval again")
     return {key: [row[key] for row in rows] for key in keys[:3]} | evaluation.judged(texts)
 
 
@@ -1469,14 +1471,14 @@ def answer(settings, text):
     """Print the output for one input."""
     text = data.clean(text if text is not None else sys.stdin.read())
     if not text or not data.encodable(text):
-        raise ValueError("no text to summarise, or not UTF-8; give it as an argument or on standard input")
+        raise UserError("no text to summarise, or not UTF-8; give it as an argument or on standard input")
     llama, tokenizer = open_base(settings)
     adapter = load_answerer(settings, llama, settings.adapter)
     if settings.dry_run:
         return plan(settings, llama, [])
     prompt, most = tokenizer.prompts([text])[0], llama.config.max_position_embeddings
     if len(prompt) > most:
-        raise ValueError(f"text and template are {len(prompt)} tokens, the model reads {most}; shorten the text")
+        raise UserError(f"text and template are {len(prompt)} tokens, the model reads {most}; shorten the text")
     draw = generator(settings, "sample", device=settings.device)
     response = model.sample(
         llama, [prompt], adapter, settings.max_new_tokens, settings.temperature, draw, settings.top_k, settings.top_p
@@ -1558,9 +1560,9 @@ def read_settings(file, command, between=()):
         text = Path(file).read_text(encoding="utf-8-sig")
         raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError or UnicodeDecodeError is a ValueError
-        raise ValueError(f"{file}: unreadable settings: {error}; mend the file") from None
+        raise UserError(f"{file}: unreadable settings: {error}; mend the file") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{file}: unreadable settings: not a JSON object; mend the file")
+        raise UserError(f"{file}: unreadable settings: not a JSON object; mend the file")
     if file.endswith(".json"):  # the first two are no settings, the others were about that run alone
         raw = {name: value for name, value in raw.items() if name not in ("stage", "commit", "overwrite", "resume")}
     tables = {name: table for name, table in raw.items() if isinstance(table, dict)}
@@ -1570,21 +1572,21 @@ def read_settings(file, command, between=()):
     found = {table: {} for table in known}
     for table, values in tables.items():
         if table not in known:
-            raise ValueError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
+            raise UserError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
         for key, value in values.items():
             name, where = key.replace("-", "_"), f"{file}: {f'[{table}] ' if table else ''}{key}"
             f = known[table].get(name)
             if f is None:
                 near = difflib.get_close_matches(name, known[table], 1)
-                raise ValueError(f"{where}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
+                raise UserError(f"{where}: no such setting{f'; did you mean {near[0]}?' if near else ''}")
             if name in found[table]:
-                raise ValueError(f"{where}: given twice, with a dash and with an underscore; remove one")
+                raise UserError(f"{where}: given twice, with a dash and with an underscore; remove one")
             if f.type is float and type(value) is int:
                 value = float(str(value))  # inf, and so out of range, where it is too large
             if type(value) is not f.type:
-                raise ValueError(f"{where}: {value!r} is not of type {f.type.__name__}")
+                raise UserError(f"{where}: {value!r} is not of type {f.type.__name__}")
             if problem := out_of_range(f, value):
-                raise ValueError(f"{where}: {value!r} is {problem}")
+                raise UserError(f"{where}: {value!r} is {problem}")
             found[table][name] = value
     return {name: value for name, value in found[""].items() if name in known[command]} | dict(between) | found[command]
 
@@ -1642,22 +1644,17 @@ def resolve(command, given):
         found["reward"] = s.reward or str(output / "reward")
     for name in filter(None, getattr(s, "report_to", "").split(",")):
         if name not in ("tensorboard", "wandb"):
-            raise ValueError(f"--report-to {s.report_to}: choose tensorboard, wandb, or tensorboard,wandb")
+            raise UserError(f"--report-to {s.report_to}: choose tensorboard, wandb, or tensorboard,wandb")
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--report-to {name}: it is not installed; run: .venv/bin/pip install {name}")
+            raise UserError(f"--report-to {name}: it is not installed; run: .venv/bin/pip install {name}")
     cuda = torch.cuda.is_available()
     if s.device.startswith("cuda") and not cuda:
-        raise ValueError(f"--device {s.device}: this machine shows no GPU; use --device cpu")
+        raise UserError(f"--device {s.device}: this machine shows no GPU; use --device cpu")
     if s.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {s.device}: choose cpu, cuda or auto")
+        raise UserError(f"--device {s.device}: choose cpu, cuda or auto")
     found["device"] = s.device if s.device != "auto" else "cuda" if cuda else "cpu"
     found["dtype"] = s.dtype if s.dtype != "auto" else "bfloat16" if found["device"] == "cuda" else "float32"
     return replace(s, **found)
-
-
-def raised_here(error):
-    """Whether a line of this project raised the error: then its message is for the user, else it is a bug's."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == ROOT
 
 
 GO_ON = "if a training had begun, the same command with --resume goes on with it"
@@ -1677,7 +1674,7 @@ def diagnosis(error):
         told = f"{error.filename}: {error.strerror}" if error.filename else error
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
         return (1, f"{told}; once that is mended, {GO_ON}") if full else (2, told)
-    return (2, error) if isinstance(error, ValueError) and raised_here(error) else None
+    return (2, error) if isinstance(error, UserError) else None
 
 
 def main(arguments=None):

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from formats.errors import UserError
+
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -112,7 +114,7 @@ def add_adapter(module, name, r, alpha, targets, generator):
             for target in targets}  # fmt: skip
     missing = sorted(target for target, layers in hits.items() if not layers)
     if missing or not targets:
-        raise ValueError(f"LoRA targets: {','.join(missing) or 'none'}: no such projection in this model")
+        raise UserError(f"LoRA targets: {','.join(missing) or 'none'}: no such projection in this model")
     for layer in dict.fromkeys(itertools.chain(*hits.values())):  # once each, though two targets may name it
         layer.add(name, r, alpha, generator)
 
@@ -175,7 +177,7 @@ def load_adapter(module, name, folder, base_hash=""):
 
     The keys must be exactly those that the config promises for this model: a file that fits in part would leave
     layers silently unadapted. base_hash: as in `save_adapter`; where both sides know it, it must be the same.
-    Raises FileNotFoundError or ValueError with the file and what is wrong.
+    Raises FileNotFoundError or UserError with the file and what is wrong.
     """
     folder = Path(folder)
     place, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -188,15 +190,15 @@ def load_adapter(module, name, folder, base_hash=""):
     try:
         config, tensors = dict(json.loads(place.read_text(encoding="utf-8-sig"))), load_file(file)
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
+        raise UserError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
     trained_on = folder / "base.sha256"
     if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
-        raise ValueError(f"{folder}: trained on another base model than this one; name that one, or train it again")
+        raise UserError(f"{folder}: trained on another base model than this one; name that one, or train it again")
     for flag, plain in PLAIN.items():
         if config.get(flag) not in (None, plain):
-            raise ValueError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
+            raise UserError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
     if str(init := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
-        raise ValueError(
+        raise UserError(
             f"{place}: init_lora_weights={init!r} has changed the base as well; save it as a plain LoRA by PEFT's "
             f"save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
@@ -211,22 +213,22 @@ def load_adapter(module, name, folder, base_hash=""):
             raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
         extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{place}: unreadable adapter ({error!r}); train or fetch it again") from None
+        raise UserError(f"{place}: unreadable adapter ({error!r}); train or fetch it again") from None
     if extra:
-        raise ValueError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
+        raise UserError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
     if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(r) instead of alpha / r
         alpha *= math.sqrt(r)
     try:
         add_adapter(module, name, r, alpha, targets, torch.Generator())
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise UserError(f"{place}: {error}") from None
     head = f"{PREFIX}score.weight"
     parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     wrong = (set(tensors) - {head}) ^ set(parameters)
     wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
     wrong |= {key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()}
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{file}: {len(wrong)} tensors are missing, extra, not finite floats, or of another shape than this base "
             f"needs, first {min(wrong)}; was it trained on another model?"
         )

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from formats.errors import UserError
 from lora import (
     LoRALinear,
     adapter_parameters,
@@ -81,7 +82,7 @@ ROPE_SCALING = {"factor": float, "low_freq_factor": float, "high_freq_factor": f
 
 
 def read_config(folder):
-    """LlamaConfig of a model folder. Raises FileNotFoundError or ValueError naming file, field and remedy."""
+    """LlamaConfig of a model folder. Raises FileNotFoundError or UserError naming file, field and remedy."""
     folder, file = Path(folder), Path(folder) / "config.json"
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -90,18 +91,18 @@ def read_config(folder):
         )
     raw = read_json(file)
     if raw.get("model_type") not in tuple(FAMILIES):
-        raise ValueError(
+        raise UserError(
             f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads llama, and mistral without "
             f"sliding window"
         )
     raw = FAMILIES[raw["model_type"]] | raw
     if raw["sliding_window"] is not None:
-        raise ValueError(
+        raise UserError(
             f"{file}: sliding_window {raw['sliding_window']} is not supported; take a version without, as Mistral is "
             f"from v0.2 on"
         )
     if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
+        raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
     check_positive(file, raw, (*SIZES, "rms_norm_eps", "rope_theta"))
     try:
         heads, width = int(raw["num_attention_heads"]), int(raw["hidden_size"])
@@ -119,9 +120,9 @@ def read_config(folder):
             quantization=read_quantization(folder, raw),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"{file}: missing or malformed field: {error}; fetch the file again") from None
+        raise UserError(f"{file}: missing or malformed field: {error}; fetch the file again") from None
     if heads % config.num_key_value_heads or config.head_dim % 2 or not config.head_dim:
-        raise ValueError(
+        raise UserError(
             f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
             f"{config.num_key_value_heads}, or head_dim {config.head_dim} is odd or 0; fetch the file again"
         )
@@ -134,7 +135,7 @@ def check_positive(file, raw, names):
         value, most, kinds = raw.get(name), SIZES.get(name, 1e12), (int,) if name in SIZES else (int, float)
         if value is not None and not (type(value) in kinds and 0 < value <= most):
             kind = "whole number" if name in SIZES else "number"
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name} is {value!r:.40}, expected a {kind} above 0, at most {most}; fetch the file again"
             )
 
@@ -145,10 +146,10 @@ def read_rope(file, raw):
     check_positive(file, found, ("rope_theta", *ROPE_SCALING))
     theta = found.get("rope_theta", raw.get("rope_theta", 10000.0))
     if raw.get("rope_theta", theta) != theta:
-        raise ValueError(f"{file}: rope_theta {raw['rope_theta']}, but rope_parameters says {theta}; keep the true one")
+        raise UserError(f"{file}: rope_theta {raw['rope_theta']}, but rope_parameters says {theta}; keep the true one")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{file}: rope type {kind!r} is not supported; take a model with 'default' or 'llama3'")
+        raise UserError(f"{file}: rope type {kind!r} is not supported; take a model with 'default' or 'llama3'")
     scaling = ROPE_SCALING.items() if kind == "llama3" else ()
     return float(theta), {name: number(found[name]) for name, number in scaling}
 
@@ -159,7 +160,7 @@ def read_eos(folder, raw):
     eos = [raw.get("eos_token_id", 2), read_json(file).get("eos_token_id") if file.is_file() else None]
     eos = [token for ids in eos if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
     if not eos or not all(type(token) is int and abs(token) < 1 << 31 for token in eos):
-        raise ValueError(f"{folder}/config.json: eos_token_id {eos} is no token; set it to the id that ends an output")
+        raise UserError(f"{folder}/config.json: eos_token_id {eos} is no token; set it to the id that ends an output")
     return tuple(dict.fromkeys(eos))
 
 
@@ -175,14 +176,14 @@ def read_json(file):
     """The object in a JSON file of at most 64 MiB, the largest index of shards being well below."""
     try:
         if Path(file).stat().st_size > 64 << 20:
-            raise ValueError("over 64 MiB")
+            raise UserError("over 64 MiB")
         found = json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file; a model folder needs it") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); fetch the file again") from None
+        raise UserError(f"{file}: not JSON ({error}); fetch the file again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object; fetch the file again")
+        raise UserError(f"{file}: expected a JSON object; fetch the file again")
     return found
 
 
@@ -447,7 +448,7 @@ class Llama(nn.Module):
         weight = load_adapter(self, name, folder, self.hash)
         if (weight is not None) != head or (head and weight.shape != (1, self.config.hidden_size)):
             need = f"needs a score head of (1, {self.config.hidden_size})" if head else "must not have a score head"
-            raise ValueError(f"{folder}: a {name} adapter {need}; is it the adapter of another stage?")
+            raise UserError(f"{folder}: a {name} adapter {need}; is it the adapter of another stage?")
         if head:
             self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
 
@@ -564,7 +565,7 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     Every tensor the model needs must be there, in its shape, and nothing else but what is known to be redundant.
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
     weights=False reads names, types and shapes alone, from the files' headers: a model on the meta device.
-    Raises FileNotFoundError or ValueError with the folder, the tensor and the remedy.
+    Raises FileNotFoundError or UserError with the folder, the tensor and the remedy.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -572,15 +573,15 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     packed = config.quantization
     words = [name for name in tensors if name.endswith(".qweight")]
     if words and not packed:
-        raise ValueError(f"{folder}: {words[0]} is 4-bit, but no quantization_config says how; fetch the model again")
+        raise UserError(f"{folder}: {words[0]} is 4-bit, but no quantization_config says how; fetch the model again")
     if packed and not words:
-        raise ValueError(f"{folder}: quantization_config says 4-bit, but no tensor is; fetch the model again")
+        raise UserError(f"{folder}: quantization_config says 4-bit, but no tensor is; fetch the model again")
 
     def linear(name, K, N):
         if f"{name}.qweight" not in tensors:
             return nn.Linear(K, N, has_bias(config, name))
         if K % 8 or N % 8:
-            raise ValueError(f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; take it unquantised")
+            raise UserError(f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; take it unquantised")
         if not packed["act_order"]:  # then a file may leave out the order of the groups
             group_size = packed["group_size"] if packed["group_size"] > 0 else K
             tensors.setdefault(f"{name}.g_idx", torch.arange(K, dtype=torch.int32, device="cpu") // group_size)
@@ -597,7 +598,7 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
         tensors.pop(name, None)
     for name in sorted(set(expected) | set(tensors)):
         if problem := misfit(tensors.get(name), expected.get(name)):
-            raise ValueError(f"{folder}: tensor {name} is {problem}; fetch the model again")
+            raise UserError(f"{folder}: tensor {name} is {problem}; fetch the model again")
     floats = (name for name in tensors if tensors[name].is_floating_point() and not name.endswith(".scales"))
     for name in floats:
         tensors[name] = tensors[name].to(dtype)
@@ -626,17 +627,17 @@ def inspect_packed(llama, folder):
     layers = {name.replace(".base", ""): m for name, m in llama.named_modules() if isinstance(m, QuantLinear)}
     for name, layer in layers.items():
         if problem := layer.problem():
-            raise ValueError(f"{folder}: {name}.{problem}; fetch the model again")
+            raise UserError(f"{folder}: {name}.{problem}; fetch the model again")
         if layer.bias is not None and not has_bias(llama.config, name):
             if layer.bias.any():
-                raise ValueError(f"{folder}: {name}.bias is not 0 and config.json declares none; fetch the model again")
+                raise UserError(f"{folder}: {name}.bias is not 0 and config.json declares none; fetch the model again")
             layer.bias = None  # some versions of AutoGPTQ wrote zeros
     try:
         found = llama.config.quantization
         qzeros = [layer.qzeros for layer in layers.values()]
         offset, warning = find_zero_offset(qzeros, found["zero_offset"], found["sym"])
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     if warning:
         print(f"lastmile.py: warning: {folder}: {warning}", file=sys.stderr)
     for layer in layers.values():
@@ -666,11 +667,11 @@ def read_tensors(folder, weights=True):
                     )  # fmt: skip
         except (SafetensorError, OSError) as error:
             problem = what_it_is(file) or f"not a readable safetensors file ({error})"
-            raise ValueError(f"{file}: {problem}; fetch it again") from None
+            raise UserError(f"{file}: {problem}; fetch it again") from None
     if weight_map and (wrong := weight_map.items() ^ places):
         name = min(wrong)[0]
         found = " and ".join(sorted(file for other, file in places if other == name))
-        raise ValueError(
+        raise UserError(
             f"{folder}: tensor {name} should be in {weight_map.get(name, 'no file')} and is in {found or 'none'}; "
             f"fetch the model again"
         )
@@ -689,17 +690,17 @@ def weight_files(folder):
         index = folder / indices[0]
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: no weight_map; fetch it again")
+            raise UserError(f"{index}: no weight_map; fetch it again")
         for shard in weight_map.values():
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # never a path
-                raise ValueError(f"{index}: {shard!r:.80} is not the name of a safetensors file; fetch it again")
+                raise UserError(f"{index}: {shard!r:.80} is not the name of a safetensors file; fetch it again")
             if shard not in files:
                 raise FileNotFoundError(f"{folder}: shard {shard} named in {index.name} is missing; fetch it")
         return [folder / shard for shard in sorted(set(weight_map.values()))], weight_map
     if len(files) == 1:
         return [folder / files[0]], None
     if files:
-        raise ValueError(f"{folder}: {len(files)} safetensors files, no model.safetensors.index.json; fetch it too")
+        raise UserError(f"{folder}: {len(files)} safetensors files, no model.safetensors.index.json; fetch it too")
     remedy = "fetch the model's *.safetensors"
     if any(name.endswith(".gguf") for name in names):
         remedy = "GGUF is not read; take the model's safetensors version"
@@ -745,14 +746,14 @@ def save(llama, folder, quantization=None):
 def merge(llama, adapter, dtype=torch.float16):
     """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
 
-    Raises ValueError where a weight does not fit the dtype.
+    Raises UserError where a weight does not fit the dtype.
     """
     for path, layer in lora_layers(llama):
         packed = isinstance(layer.base, QuantLinear)
         weight = layer.base.weight(torch.float32).T if packed else layer.base.weight.float()
         weight = layer.merged(weight, adapter).to(dtype)  # (N, K)
         if not weight.isfinite().all():
-            raise ValueError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
+            raise UserError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
         dense = nn.Linear(*reversed(weight.shape), bias=layer.base.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.contiguous())
         if layer.base.bias is not None:

@@ -33,6 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from formats.errors import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -86,7 +88,7 @@ def read_quantize_config(found):
 
     found: {file: its dict}; several files, and several spellings in one file, must agree. Keys that do not change how
     the tensors are read are passed over. Returns {"group_size", "act_order", "sym" (None: not said), "zero_offset"},
-    or {} where nothing is found: not quantised. Raises ValueError with the file, the field and the remedy.
+    or {} where nothing is found: not quantised. Raises UserError with the file, the field and the remedy.
     """
     said = {}  # ours -> (value, where it was said)
     for file, raw in found.items():
@@ -97,18 +99,18 @@ def read_quantize_config(found):
                 value = raw[spelling].lower() if isinstance(raw[spelling], str) else raw[spelling]
                 other, place = said.setdefault(name, (value, f"{file} ({spelling})"))
                 if other != value:
-                    raise ValueError(
+                    raise UserError(
                         f"{file} ({spelling}): {value!r}, but {place} says {other!r}; keep the one that is true"
                     )
         if raw.get("is_marlin_format"):
-            raise ValueError(f"{file} (is_marlin_format): marlin is another layout; {TAKE_ANOTHER}")
+            raise UserError(f"{file} (is_marlin_format): marlin is another layout; {TAKE_ANOTHER}")
         if raw.get("load_in_4bit") or raw.get("load_in_8bit"):
-            raise ValueError(f"{file}: bitsandbytes is not supported; {TAKE_ANOTHER}")
+            raise UserError(f"{file}: bitsandbytes is not supported; {TAKE_ANOTHER}")
         if "zero_point" in raw or str(raw.get("version")).lower() in ("gemm", "gemv"):
-            raise ValueError(f"{file}: awq is not supported; {TAKE_ANOTHER}")
+            raise UserError(f"{file}: awq is not supported; {TAKE_ANOTHER}")
         for field, plain in (("lm_head", False), ("dynamic", {}), ("pack_dtype", "int32")):
             if raw.get(field) not in (None, False, plain):
-                raise ValueError(f"{file} ({field}): {raw[field]!r:.60} is not supported; {TAKE_ANOTHER}")
+                raise UserError(f"{file} ({field}): {raw[field]!r:.60} is not supported; {TAKE_ANOTHER}")
     if not said:
         return {}
     where = next(iter(found))
@@ -117,10 +119,10 @@ def read_quantize_config(found):
                                  ("sym", (True, False, None), None)):  # fmt: skip
         value, place = said.get(name, (default, where))
         if value not in known:
-            raise ValueError(f"{place}: {name} {value!r} is not supported; {TAKE_ANOTHER}")
+            raise UserError(f"{place}: {name} {value!r} is not supported; {TAKE_ANOTHER}")
     group_size, place = said.get("group_size", (None, where))
     if type(group_size) is not int or not -1 <= group_size <= 1 << 24 or group_size == 0:
-        raise ValueError(f"{place}: group_size {group_size!r} must be -1, or 1 to {1 << 24}; fetch the file again")
+        raise UserError(f"{place}: group_size {group_size!r} must be -1, or 1 to {1 << 24}; fetch the file again")
     version = said.get("format", ("gptq", ""))[0]
     return {
         "group_size": group_size, "act_order": bool(said.get("act_order", (False,))[0]),
@@ -133,7 +135,7 @@ def find_zero_offset(qzeros, claimed, sym):
 
     qzeros: the packed zeros of all layers; claimed: the label's zero_offset; sym: True, False or None (not said). A
     symmetric checkpoint holds 7 everywhere in version 1 and 8 in version 2, whatever its label (vllm issue 38966).
-    Raises ValueError for a 15 in version 1: its z is 16 to some programs and 0 to others, who wrote it is not known.
+    Raises UserError for a 15 in version 1: its z is 16 to some programs and 0 to others, who wrote it is not known.
     """
     count = sum(unpack_rows(z).flatten().bincount(minlength=16) for z in qzeros)  # (16,)
     constant = int(count.argmax()) if int(count.max()) == int(count.sum()) else None
@@ -145,7 +147,7 @@ def find_zero_offset(qzeros, claimed, sym):
     elif sym and constant is None:
         warning = "sym is true, but the zero points differ; read as they are"
     if offset and count[15]:
-        raise ValueError("a zero point of version 1 is 15, which programs read in two ways; convert it to gptq_v2")
+        raise UserError("a zero point of version 1 is 15, which programs read in two ways; convert it to gptq_v2")
     return offset, warning
 
 
@@ -593,7 +595,7 @@ def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0
 
     blocks: modules that follow one another. hidden: calibration inputs of the first block, a list of (1, T, C).
     run(block, h) -> h: how a block is called. Each block is calibrated on what the quantised blocks before it put out,
-    as GPTQ prescribes. Raises ValueError for a layer whose widths are not multiples of 8.
+    as GPTQ prescribes. Raises UserError for a layer whose widths are not multiples of 8.
     """
     for block in progress(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
@@ -601,7 +603,7 @@ def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0
         for name, linear in linears.items():
             N, K = linear.weight.shape
             if N % 8 or K % 8:
-                raise ValueError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
+                raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
             layer = QuantLinear(K, N, group_size, linear.bias is not None)
             try:
                 packed = gptq(linear.weight, hessians[name], group_size, act_order, damp)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_quant import dense_twin
 
 import lastmile
+from formats.errors import UserError
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -970,3 +971,19 @@ def test_no_datum_weighs_less_for_the_company_it_keeps(fresh_run, monkeypatch, s
     lines = (fresh_run.folder / stage / "metrics.jsonl").read_text().splitlines()
     if stage == "mle":  # what is logged stays the mean over the batch: a fresh base's, at the start
         assert 0 < json.loads(lines[0])["loss"] < 20 and len(lines) == len(batches)
+
+
+def test_only_user_errors_become_one_line(monkeypatch, capsys):
+    """Pins that a UserError is one line and exit 2 whichever folder raised it, and that a bug keeps its traceback."""
+
+    def fail(error):
+        def load(*_):
+            raise error
+
+        monkeypatch.setattr(lastmile.data, "load", load)
+        return lastmile.main(["pretrain", "--dry-run"])
+
+    assert fail(UserError("file.csv: line 3 is empty; remove it")) == 2
+    assert capsys.readouterr().err == "lastmile.py: file.csv: line 3 is empty; remove it\n"
+    with pytest.raises(ValueError, match="a bug"):
+        fail(ValueError("a bug"))

@@ -1,0 +1,1 @@
+"""Other people's files, in and out: model folders, 4-bit dialects, adapters, tokenizers, tables of text, the Hub."""
