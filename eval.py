@@ -14,8 +14,6 @@ ROUGE: Lin 2004, the rouge-score package, no stemmer. BLEURT: Pu et al. 2021, th
 
 import numpy as np
 
-from formats.errors import UserError
-
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")
 PARTS = ("F1", "precision", "recall")
@@ -83,11 +81,16 @@ def clean_mle(text):
     return text.strip().split("\n", 1)[0]
 
 
-def judged(predictions):
-    """{column: texts} in the order of COLUMNS, the cleaned ones added, from those of base, mle and policy."""
-    cleaned = {f"{name} cleaned": [clean(text) for text in predictions[name]]
-               for name, clean in (("base", clean_base), ("mle", clean_mle)) if name in predictions}  # fmt: skip
-    return {name: (predictions | cleaned)[name] for name in COLUMNS if name in predictions | cleaned}
+CLEAN_UP = {"base": clean_base, "mle": clean_mle}
+
+
+def with_cleaned(predictions):
+    """Add the cleaned columns: {"base", "mle", "policy": texts} -> {column: texts}, in the order of COLUMNS."""
+    columns = dict(predictions)
+    for name, clean in CLEAN_UP.items():
+        if name in predictions:
+            columns[f"{name} cleaned"] = [clean(text) for text in predictions[name]]
+    return {name: columns[name] for name in COLUMNS if name in columns}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,21 +102,31 @@ def metrics_by_example(predictions, references):
     from rouge_score import rouge_scorer  # here, so that a machine that only trains can do without it
 
     if len(predictions) != len(references):
-        raise UserError(f"{len(predictions)} predictions for {len(references)} references; run eval again")
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     scorer = rouge_scorer.RougeScorer(ROUGES, use_stemmer=False)
     rows = {metric: [] for metric in ("excess_length", *ROWS[1:])}
     for prediction, reference in zip(predictions, references, strict=True):
-        n_p, n_g = len(prediction.split()), len(reference.split())
+        n_p = len(prediction.split())
+        n_g = len(reference.split())
         rows["excess_length"].append(n_p - n_g)
         for rouge, score in scorer.score(reference, prediction).items():  # rouge-score takes the target first
-            la_precision = score.precision * min(1, n_p / max(n_g, 1))
-            la_recall = score.recall * min(1, n_g / max(n_p, 1))
-            la_f1 = 2 * la_precision * la_recall / ((la_precision + la_recall) or 1)
-            plain = score.fmeasure, score.precision, score.recall
-            for part, value, adjusted in zip(PARTS, plain, (la_f1, la_precision, la_recall), strict=True):
-                rows[f"{rouge}-{part}"].append(value)
-                rows[f"la-{rouge}-{part}"].append(adjusted)
+            plain = {"F1": score.fmeasure, "precision": score.precision, "recall": score.recall}
+            adjusted = length_adjusted(score.precision, score.recall, n_p, n_g)
+            for part in PARTS:
+                rows[f"{rouge}-{part}"].append(plain[part])
+                rows[f"la-{rouge}-{part}"].append(adjusted[part])
     return {metric: np.array(values, dtype=float) for metric, values in rows.items()}
+
+
+def length_adjusted(precision, recall, n_p, n_g):
+    """{"F1", "precision", "recall"} after the adjustment to the words of prediction (n_p) and truth (n_g).
+
+    Example: length_adjusted(1.0, 0.5, 2, 4) -> precision 0.5, recall 0.5, F1 0.5.
+    """
+    la_precision = precision * min(1, n_p / max(n_g, 1))
+    la_recall = recall * min(1, n_g / max(n_p, 1))
+    la_f1 = 2 * la_precision * la_recall / ((la_precision + la_recall) or 1)
+    return {"F1": la_f1, "precision": la_precision, "recall": la_recall}
 
 
 def metrics(predictions, references):
@@ -174,46 +187,61 @@ def cells(scores, intervals, facts):
     """Tables 1 and 2 as rows of strings, a header first, ours beside the paper's, and a line about both.
 
     scores: {column: {metric: mean}}; intervals: {column: {metric: (low, high)}}; facts: {"data", "model", "seed",
-    "commit", "n", "bleurt"}. The paper has SAMSum and XSum; other data stand beside SAMSum, for orientation only.
+    "commit", "n", "bleurt"}. The paper has SAMSum and XSum; other data are shown beside SAMSum, for orientation only.
     """
-    paper = paper_numbers(facts["data"] if facts["data"] in PAPER_DATA else "samsum")
-    columns = [column for column in COLUMNS if column in scores]
-    header = ["", *(cell for column in columns for cell in (column, "paper"))]
+    known = facts["data"] in PAPER_DATA
+    paper = paper_numbers(facts["data"] if known else "samsum")
+    header = [""]
+    for column in scores_in_order(scores):
+        header += [column, "paper"]
+    note = (
+        f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
+        f"n = {facts['n']}, ± half the 95 % bootstrap interval."
+    )
+    if not known:
+        note += " The paper has no such data: its SAMSum numbers are shown beside."
+    first = [header, cell_row("excess_length", 1, scores, intervals, paper)]
+    second = [header] + [cell_row(metric, 2, scores, intervals, paper) for metric in ROWS]
+    return first, second, note
 
-    def row(metric, digits):
-        cells = [metric]
-        for column in columns:
-            ours = "n/a"
-            if metric in scores[column]:
-                low, high = intervals[column][metric]
-                ours = f"{scores[column][metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
-            cells += [ours, paper[metric][column]]
-        return cells
 
-    other = "" if facts["data"] in PAPER_DATA else " The paper has no such data: its SAMSum numbers stand beside."
-    note = (f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
-            f"n = {facts['n']}, ± half the 95 % bootstrap interval.{other}")  # fmt: skip
-    return [header, row("excess_length", 1)], [header, *(row(metric, 2) for metric in ROWS)], note
+def scores_in_order(scores):
+    """The columns that have scores, in the paper's order."""
+    return [column for column in COLUMNS if column in scores]
+
+
+def cell_row(metric, digits, scores, intervals, paper):
+    """One metric: its name, then for each column our mean with its interval, and the paper's number."""
+    row = [metric]
+    for column in scores_in_order(scores):
+        ours = "n/a"
+        if metric in scores[column]:
+            low, high = intervals[column][metric]
+            ours = f"{scores[column][metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+        row += [ours, paper[metric][column]]
+    return row
 
 
 def tables(scores, intervals, facts):
     """`cells` as markdown."""
     first, second, note = cells(scores, intervals, facts)
-    return "\n".join([
+    parts = [
         note,
         "\n**Table 1**: extra length relative to ground truth, in words\n",
         markdown(first),
         f"\n**Table 2**: evaluation metrics (bleurt: {facts['bleurt']})\n",
         markdown(second),
-    ])  # fmt: skip
+    ]
+    return "\n".join(parts)
 
 
 def markdown(rows):
-    """A list of rows of strings -> a markdown table whose columns are aligned, to be read on a terminal too."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * (width - 1) + (":" if i else "-") for i, width in enumerate(widths)]
-    lines = [
-        [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+    """A list of rows of strings -> a markdown table with aligned columns, readable on a terminal too."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

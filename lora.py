@@ -18,34 +18,14 @@ Dimensions: B batch, T time, K input width, N output width, R rank.
 """
 
 import itertools
-import json
 import math
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from formats.errors import UserError
-
-PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@contextmanager
-def few_rows(rows):
-    """Up to 64 rows, products in here by MKL: over small matrices oneDNN (see model.py) starts longer than it works."""
-    matmul = torch.backends.mkldnn.matmul
-    chosen = matmul.fp32_precision
-    if rows <= 64:
-        matmul.fp32_precision = "none"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = chosen
+from speed.cpu import few_rows
 
 
 class LoRALinear(nn.Module):
@@ -130,110 +110,3 @@ def adapter_parameters(module, name):
         if name in layer.lora_A:
             found[f"{path}.lora_A"], found[f"{path}.lora_B"] = layer.lora_A[name], layer.lora_B[name]
     return found
-
-
-def save_adapter(module, name, folder, base_name, head=None, base_hash=""):
-    """Write adapter_config.json and adapter_model.safetensors, fp32, with PEFT's names.
-
-    base_name: the base's folder, or owner/name[@revision] of the Hub, which PEFT wants apart.
-    head: (1, C) parameter of a scalar head, saved as `score` of a SEQ_CLS adapter; None for a language model.
-    base_hash: what tells this base from others of its shape, kept beside them in base.sha256.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
-    layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
-    r = layers[0][1].lora_A[name].shape[0]
-    base, revision = str(base_name), None
-    if "@" in base and not Path(base).is_dir():
-        base, _, revision = base.partition("@")
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "r": r,
-        "lora_alpha": round(layers[0][1].scaling[name] * r, 6), "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({path.rpartition(".")[2] for path, _ in layers}),
-        "modules_to_save": None if head is None else ["score"], "base_model_name_or_path": base,
-        "revision": revision, "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-    }  # fmt: skip
-    if head is not None:
-        tensors[f"{PREFIX}score.weight"] = head
-    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if base_hash:
-        (folder / "base.sha256").write_text(base_hash + "\n")
-
-
-# What else a PEFT config may say that would change the maths; each must be as here, or absent.
-PLAIN = {
-    "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
-    "use_qalora": False, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
-    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
-    "alora_invocation_tokens": None, "arrow_config": None,
-}  # fmt: skip
-
-
-def load_adapter(module, name, folder, base_hash=""):
-    """Add the adapter of a folder, ours or PEFT's, under the given name, frozen. Returns its head (1, C), or None.
-
-    The keys must be exactly those that the config promises for this model: a file that fits in part would leave
-    layers silently unadapted. base_hash: as in `save_adapter`; where both sides know it, it must be the same.
-    Raises FileNotFoundError or UserError with the file and what is wrong.
-    """
-    folder = Path(folder)
-    place, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for needed in (place, file):
-        if not needed.is_file():
-            why = f"{folder} is not an adapter folder"
-            if (folder / "adapter_model.bin").is_file():
-                why = "adapter_model.bin is a pickle and never opened; save it again with a current PEFT"
-            raise FileNotFoundError(f"{needed}: no such file; {why}")
-    try:
-        config, tensors = dict(json.loads(place.read_text(encoding="utf-8-sig"))), load_file(file)
-    except (ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
-    trained_on = folder / "base.sha256"
-    if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
-        raise UserError(f"{folder}: trained on another base model than this one; name that one, or train it again")
-    for flag, plain in PLAIN.items():
-        if config.get(flag) not in (None, plain):
-            raise UserError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
-    if str(init := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
-        raise UserError(
-            f"{place}: init_lora_weights={init!r} has changed the base as well; save it as a plain LoRA by PEFT's "
-            f"save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    try:
-        r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
-        ranks = {t.shape[:1] for key, t in tensors.items() if key.endswith("lora_A.weight") and t.numel()}
-        if r < 1 or (r,) not in ranks or not math.isfinite(alpha):
-            raise TypeError(
-                f"r {r} and lora_alpha {alpha} in the config, ranks {sorted(map(tuple, ranks))} in the file"
-            )
-        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-            raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
-        extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{place}: unreadable adapter ({error!r}); train or fetch it again") from None
-    if extra:
-        raise UserError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
-    if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(r) instead of alpha / r
-        alpha *= math.sqrt(r)
-    try:
-        add_adapter(module, name, r, alpha, targets, torch.Generator())
-    except ValueError as error:
-        raise UserError(f"{place}: {error}") from None
-    head = f"{PREFIX}score.weight"
-    parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
-    wrong = (set(tensors) - {head}) ^ set(parameters)
-    wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
-    wrong |= {key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()}
-    if wrong:
-        raise UserError(
-            f"{file}: {len(wrong)} tensors are missing, extra, not finite floats, or of another shape than this base "
-            f"needs, first {min(wrong)}; was it trained on another model?"
-        )
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
-            parameter.requires_grad_(False)
-    return tensors[head].float() if head in tensors else None

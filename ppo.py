@@ -18,12 +18,12 @@ Solway 2024, arXiv 2408.16753, section 3.3. PPO: Schulman et al. 2017, arXiv 170
 Dimensions: B batch, T time, V vocabulary.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 
-from data import Datum, collate
+from data import collate
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class Trajectory:
     reward: torch.Tensor
     adv: torch.Tensor
     ret: torch.Tensor
+    kl: torch.Tensor | None = None  # log-ratio of the policy to the base, where it was computed
+
+    @staticmethod
+    def cat(parts):
+        """Join the trajectories of micro-batches into that of the whole batch."""
+        joined = {}
+        for field in fields(Trajectory):
+            columns = [getattr(part, field.name) for part in parts]
+            joined[field.name] = None if columns[0] is None else torch.cat(columns)
+        return Trajectory(**joined)
 
 
 def masked_mean(x, mask):
@@ -112,9 +122,12 @@ def whiten(adv, mask):
 # The losses of the other two stages
 
 
-def carriers(mask, level):
-    """The tokens that carry the reward, (B, T): all of the response ("token"), or its last alone ("sequence")."""
-    return mask if level == "token" else mask & ~F.pad(mask[:, 1:], (0, 1))
+def scored_tokens(mask, level):
+    """The tokens that carry a reward, (B, T): all of the response ("token"), or its last one only ("sequence")."""
+    if level == "token":
+        return mask
+    next_is_response = F.pad(mask[:, 1:], (0, 1))  # (B, T)
+    return mask & ~next_is_response
 
 
 def reward_loss(score, batch, level="token"):
@@ -123,7 +136,7 @@ def reward_loss(score, batch, level="token"):
     A datum's loss is the mean over its tokens that carry the reward, so that long negatives do not drown short ones;
     the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
     """
-    mask = carriers(batch.mask, level)
+    mask = scored_tokens(batch.mask, level)
     error = torch.where(mask, (score - batch.label).square(), 0)  # (B, T)
     datum = error.sum(1) / mask.sum(1)  # (B,)
     return (batch.weight * datum).sum() / batch.weight.sum()
@@ -180,44 +193,21 @@ def actor_critic(llama, batch, entropy_learns=False):
     h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
     policy, value = h.split(B)  # each (B, T, C)
     logits = response_logits(llama, policy, batch)  # (n, V)
-    logp, entropy = token_logp(logits, batch), token_entropy(logits if entropy_learns else logits.detach(), batch)
-    return logp, entropy, fill(batch.mask, llama.scalar(before(value, batch.mask), "value"))
+    logp = token_logp(logits, batch)  # (B, T)
+    entropy = token_entropy(logits if entropy_learns else logits.detach(), batch)  # (B, T)
+    value = llama.scalar(before(value, batch.mask), "value")  # (n,)
+    return logp, entropy, fill(batch.mask, value)
 
 
 @torch.no_grad()
-def judge(llama, batch, level="token"):
-    """The reward model's score of every token that carries the reward: (B, T), 0 elsewhere.
+def reward_scores(llama, batch, level="token"):
+    """The reward model's score of every token that carries a reward: (B, T), 0 elsewhere.
 
-    A pass of its own: its rows need no backward, and among those of `actor_critic` autograd would keep and propagate
-    them too, a third of the memory and of the backward's work for nothing.
+    A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
+    activations and propagate through them: a third more memory and backward work for nothing.
     """
-    return llama.scalar(llama(batch.tokens, "reward"), "reward") * carriers(batch.mask, level)
-
-
-def word_ends(response, decode):
-    """The number of the token with which each word of the decoded response is complete, by decoding prefixes."""
-    words, ends = decode(response).split(), []
-    for i in range(len(response)):
-        found = decode(response[: i + 1]).split()
-        while len(ends) < len(found) and found[: len(ends) + 1] == words[: len(ends) + 1]:
-            ends.append(i)
-    return ends + [len(response) - 1] * (len(words) - len(ends))
-
-
-def grade(function, rows, batch, decode):
-    """What a function gives the responses in place of a reward model: (B, T), 0 elsewhere.
-
-    function: (source, reference, prediction), all text -> a number, which the last token carries, or a list with one
-    for each word of prediction.split(), which the word's last token carries. rows: the batch's Datum, in its order.
-    """
-    score = torch.zeros(batch.mask.shape)  # (B, T)
-    for b, datum in enumerate(rows):
-        response = batch.tokens[b][batch.mask[b]].tolist()
-        found = function(datum.source, datum.target, decode(response))
-        ends = word_ends(response, decode) if isinstance(found, list) else [len(response) - 1]
-        for end, number in zip(ends, found if isinstance(found, list) else [found], strict=True):
-            score[b, batch.prompt_len[b] + end] += float(number)  # a token may end two words
-    return score.to(batch.tokens.device)
+    score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
+    return score * scored_tokens(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,14 +215,14 @@ def grade(function, rows, batch, decode):
 
 
 def rollout(batch, sample):
-    """The batch with its responses replaced by sampled ones; prompts and reference lengths stay.
+    """The batch with its responses replaced by sampled ones. Prompts and reference lengths stay.
 
     sample: list of prompts -> list of responses, in token ids. Batch -> Batch, so that "half sampled, half ground
     truth" (paper, 3.3) is one `if`.
     """
-    prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_len.tolist(), strict=True)]
-    data = [Datum("", "", "", p, r) for p, r in zip(prompts, sample(prompts), strict=True)]
-    return replace(collate(data, batch.tokens.device), ref_len=batch.ref_len)  # whether they are good nobody knows yet
+    responses = sample([row.prompt for row in batch.rows])
+    rows = [replace(row, response=response) for row, response in zip(batch.rows, responses, strict=True)]
+    return replace(collate(rows, batch.tokens.device), ref_len=batch.ref_len)
 
 
 def is_ground_truth(step, fraction):
@@ -240,40 +230,54 @@ def is_ground_truth(step, fraction):
     return int((step + 1) * fraction) > int(step * fraction)
 
 
-def trajectory(batch, logp, value, score, gamma, lam, penalty, reward_clamp=0.0, kl=None, whitened=False):
-    """Rewards, advantages and returns of one batch, from the first pass over it: a Trajectory.
+@torch.no_grad()
+def trajectory(
+    batch, logp, value, score, gamma, lam, penalty, reward_clamp=0.0, kl=None, kl_coef=0.0, whiten_advantages=False
+):
+    """Rewards, advantages (equation 2) and returns (equation 4) of one batch, from the first pass over it.
 
-    reward_clamp > 0 keeps the score in [-c, c]; kl (B, T) is a cost added to each token, already scaled.
+    logp, value, score (B, T); reward_clamp > 0 limits the score to [-c, c]; kl (B, T): log-ratio to the base, of which
+    each token pays kl_coef. Returns a Trajectory.
     """
-    with torch.no_grad():
-        reward = score.clamp(-reward_clamp, reward_clamp) if reward_clamp > 0 else score
-        reward = reward + length_penalty(batch, penalty)
-        if kl is not None:
-            reward = reward - kl
-        adv = gae(reward, value.detach(), batch.mask, gamma, lam)
-        ret = returns(reward, batch.mask, gamma)
-        adv = whiten(adv, batch.mask) if whitened else adv
-    return Trajectory(batch.tokens, batch.mask, logp.detach(), value.detach(), reward, adv, ret)
+    logp, value = logp.detach(), value.detach()
+    reward = score.clamp(-reward_clamp, reward_clamp) if reward_clamp > 0 else score
+    reward = reward + length_penalty(batch, penalty)
+    if kl_coef:
+        reward = reward - kl_coef * kl
+    adv = gae(reward, value, batch.mask, gamma, lam)
+    if whiten_advantages:
+        adv = whiten(adv, batch.mask)
+    ret = returns(reward, batch.mask, gamma)
+    return Trajectory(batch.tokens, batch.mask, logp, value, reward, adv, ret, kl)
 
 
+@torch.no_grad()
 def statistics(traj, batch, logp, value, entropy, clip_eps, eos):
-    """The numbers of one update, as a dict of floats; the README's glossary explains each. eos: the ids that end."""
-    mask, n = traj.mask, traj.mask.sum()
-    w = ratio(logp.detach(), traj.logp_old)
+    """The metrics of one update as a dict of floats; docs/metrics.md explains each.
+
+    logp, value, entropy (B, T): of the last pass over the batch. eos: the token ids that end a response.
+    """
+    mask = traj.mask
     length = mask.sum(1)  # (B,)
-    unexplained = masked_mean((traj.ret - value.detach()).square(), mask)
-    spread = masked_mean((traj.ret - masked_mean(traj.ret, mask)).square(), mask)
-    last = batch.tokens.gather(1, (batch.prompt_len + length - 1)[:, None]).squeeze(1)  # (B,)
-    return {
+    w = ratio(logp, traj.logp_old)  # (B, T)
+    error = masked_mean((traj.ret - value).square(), mask)
+    variance = masked_mean((traj.ret - masked_mean(traj.ret, mask)).square(), mask)
+    last_column = batch.prompt_len + length - 1  # (B,)
+    last_token = batch.tokens.gather(1, last_column[:, None]).squeeze(1)  # (B,)
+    ended = torch.isin(last_token, torch.tensor(eos, device=mask.device))  # (B,)
+    numbers = {
         "return": (traj.reward * mask).sum().item() / len(mask),
         "reward": masked_mean(traj.reward, mask).item(),
         "advantage": masked_mean(traj.adv, mask).item(),
         "ratio": masked_mean(w, mask).item(),
         "ratio_max": torch.where(mask, w, 1).max().item(),
         "clip_fraction": masked_mean(((w - 1).abs() > clip_eps).float(), mask).item(),
-        "entropy": masked_mean(entropy.detach(), mask).item(),
-        "explained_variance": (1 - unexplained / spread.clamp(min=1e-8)).item(),
-        "length": n.item() / len(mask),
+        "entropy": masked_mean(entropy, mask).item(),
+        "explained_variance": (1 - error / variance.clamp(min=1e-8)).item(),
+        "length": length.sum().item() / len(mask),
         "reference_length": batch.ref_len.float().mean().item(),
-        "no_eos": 1 - torch.isin(last, torch.tensor(eos, device=last.device)).float().mean().item(),
+        "no_eos": 1 - ended.float().mean().item(),
     }
+    if traj.kl is not None:
+        numbers["kl"] = masked_mean(traj.kl, mask).item()
+    return numbers

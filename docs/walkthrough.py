@@ -27,9 +27,11 @@ import lastmile  # noqa: E402
 import model  # noqa: E402
 import ppo  # noqa: E402
 import quant  # noqa: E402
+from training import optimizer  # noqa: E402
+from training import settings as settings_module  # noqa: E402
 
 SEED, RATE, CAP, UPDATES = 1337, 3e-3, 24, 48  # CAP: the most tokens of an output; UPDATES: of PPO
-PLAN = lastmile.Ppo(seed=SEED, max_new_tokens=CAP)  # the rest of PPO's settings are the paper's
+PLAN = settings_module.Ppo(seed=SEED, max_new_tokens=CAP)  # the rest of PPO's settings are the paper's
 TARGETS = PLAN.lora_targets.split(",")  # all seven projections
 OPENING = "Sure, here is a summary of the conversation:\n\n"
 ENDING = " It is a short and friendly conversation."
@@ -116,7 +118,7 @@ def a_base(tokenizer, rows):
     wordy = rows[0].target + ENDING, OPENING + rows[1].target
     examples = [data.Example(row.id, row.source, text) for row, text in zip(rows, wordy, strict=True)]
     batch = data.collate(data.encode(examples, tokenizer)[0])
-    update = lastmile.Updater(list(llama.parameters()), max_grad_norm=1.0)
+    update = optimizer.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
     for _ in range(60):
         update.add(ppo.mle_loss(ppo.policy_logp(llama, batch), batch.mask))
         loss, _ = update(RATE)
@@ -158,7 +160,7 @@ def reward_stage(llama, tokenizer, rows):
             f"{row.kind:<14} label {row.label:.0f}  weight {row.weight:.1f}  {visible(tokenizer.decode(row.response))}"
         )
 
-    update, scores = lastmile.Updater(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
+    update, scores = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
     for _ in range(61):
         score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
         loss = ppo.reward_loss(score, batch)
@@ -190,7 +192,7 @@ def mle_stage(llama, tokenizer, batch):
     """Maximum likelihood of the truth, the control."""
     base = ppo.policy_logp(llama, batch)  # (B, T)
     llama.add_adapter("mle", 32, 16.0, TARGETS, draw("lora"))
-    update, logps = lastmile.Updater(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
+    update, logps = optimizer.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
     for _ in range(31):
         logps.append(ppo.policy_logp(llama, batch, "mle"))
         update.add(ppo.mle_loss(logps[-1], batch.mask))
@@ -247,7 +249,7 @@ def ppo_stage(llama, tokenizer, batch):
     """Section 3.3: batches sampled and true in turn, one update on each."""
     lastmile.add_actors(PLAN, llama, None)
     groups = (llama.adapter_parameters(name) for name in ("policy", "value"))
-    update = lastmile.Updater(*groups, max_grad_norm=1.0)
+    update = optimizer.Optimizer(*groups, max_grad_norm=1.0)
     t = (batch.prompt_len + batch.ref_len)[0].item() - 1  # where row 0's reference ends
     rows = []
 
@@ -264,7 +266,7 @@ def ppo_stage(llama, tokenizer, batch):
         if step < 2:
             name = "truth" if truth else "sampled"
             logp, _, value = ppo.actor_critic(llama, taken)
-            score = ppo.judge(llama, taken)
+            score = ppo.reward_scores(llama, taken)
             traj = ppo.trajectory(taken, logp, value, score, PLAN.gamma, PLAN.lam, PLAN.length_penalty)
             title(name)
             show_trajectory(tokenizer, taken, traj, score)

@@ -16,6 +16,8 @@ from test_lastmile import exit_code, journal, learned
 import data
 import lastmile
 import ppo
+from beyond import hallucinations, reward_function
+from training import run as run_module
 
 SMALL = "--train-examples 8 --eval-examples 6 --max-steps 4 --max-new-tokens 40 --log-every 1"
 
@@ -69,7 +71,7 @@ OTHER = SimpleNamespace(source="Eve: the lamp in Rome? Call Carl.\nFinn: Yes.", 
 )
 def test_edits_by_hand(kind, source, target, some, number):
     """Each kind changes one thing, in all the ways it can, and what it makes reads as if someone had written it."""
-    edits = data.edits(SimpleNamespace(source=source, target=target), OTHER)[kind]
+    edits = hallucinations.edits(SimpleNamespace(source=source, target=target), OTHER)[kind]
     made = [target[:start] + new + target[end:] for start, end, new in edits]
     assert set(some) <= set(made) and len(set(made)) == number and target not in made
 
@@ -92,7 +94,7 @@ def test_spans_by_hand(tokenizer, target, edit, words):
     """
     start, end, new = edit
     truth, text = ([*tokenizer.encode(t), tokenizer.eos] for t in (target, target[:start] + new + target[end:]))
-    first, last = data.touched(truth, text, len(target) - end, tokenizer.decode)
+    first, last = hallucinations.touched(truth, text, len(target) - end, tokenizer.decode)
     assert tokenizer.decode(text[first:last]).split() == [word for word in words if word]
     assert 0 <= first < last <= len(text) and text[:first] == truth[:first]
 
@@ -102,16 +104,18 @@ def test_hallucinations_as_a_set(positives, tokenizer):
     seed makes the same ones, and the other negatives stay as they are.
     """
     rows = data.with_negatives(positives, tokenizer, 60, 0, "span")
-    edited = [row for row in rows if row.kind in data.KINDS]
+    edited = [row for row in rows if row.kind in hallucinations.KINDS]
     assert len(edited) == 60 and len(Counter(row.kind for row in edited)) >= 5
     assert rows == data.with_negatives(positives, tokenizer, 60, 0, "span")
     assert {row.weight for row in rows if row.kind != "positive"} == {1 / 6}
     plain = data.with_negatives(positives, tokenizer, 60, 0)
-    assert [row.response for row in rows if row.kind not in data.KINDS] == [row.response for row in plain]
+    assert [row.response for row in rows if row.kind not in hallucinations.KINDS] == [row.response for row in plain]
     batch = data.collate(edited)
     assert ((batch.label == 0).sum(1) == torch.tensor([row.span[1] - row.span[0] for row in edited])).all()
     assert (batch.mask | (batch.label == 1)).all()  # every 0 stands on the response
-    whole = [row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in data.KINDS]
+    whole = [
+        row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in hallucinations.KINDS
+    ]
     assert [row.response for row in whole] == [row.response for row in edited]
     assert not data.collate(whole).label.any() and {row.span for row in whole} == {None}
 
@@ -120,8 +124,8 @@ def test_without_an_edit_there_is_no_hallucination(tokenizer):
     """A text in which no kind finds anything, or which would grow over the cap, has none, rather than a false one."""
     dull, late = (datum_of(tokenizer, "hm", text) for text in ("Yes, so be it.", "It is late."))
     for datum, limit in [(dull, 60), (late, len(late.response))]:
-        assert data.hallucinated(datum, dull, tokenizer, limit, random.Random(0)) == (None, None, None)
-    assert data.hallucinated(late, dull, tokenizer, 60, random.Random(0))[0] == "negation"
+        assert hallucinations.hallucinated(datum, dull, tokenizer, limit, random.Random(0)) == (None, None, None)
+    assert hallucinations.hallucinated(late, dull, tokenizer, 60, random.Random(0))[0] == "negation"
 
 
 def test_a_span_is_learned_where_it_is(positives, tokenizer):
@@ -141,7 +145,7 @@ def test_reward_reports_kinds_of_edit(fresh_run, capsys):
     """
     assert fresh_run("reward", *SMALL.split(), "--hallucinations", "span", "--eval-examples", 40) == 0
     out, report = capsys.readouterr().out, json.loads((fresh_run.folder / "reward/heldout.json").read_text())
-    kinds = [kind for kind in report if kind in data.KINDS]
+    kinds = [kind for kind in report if kind in hallucinations.KINDS]
     assert len(kinds) >= 4 and "AUC of the truth there against it" in out
     for kind in kinds:
         assert 0 <= report[kind]["span_auc"] <= 1 and -9 < report[kind]["span_mean"] < 9
@@ -157,7 +161,7 @@ def seen_rows(monkeypatch):
     """The rows of each reward model's training that starts."""
     seen = []
 
-    class Run(lastmile.Run):
+    class Run(run_module.Run):
         def __init__(self, folder, stage, settings, rows, *rest, **named):
             seen.extend([rows] * (stage == "reward"))
             super().__init__(folder, stage, settings, rows, *rest, **named)
@@ -263,14 +267,14 @@ def test_the_last_token_carries_a_sequence(run_folder):
     batch = data.collate([data.Datum("", "", "", [1, 5], [7, 8, 9, 2]), data.Datum("", "", "", [1], [6], 0.0, 0.2)])
     last = torch.zeros_like(batch.mask)
     last[0, 5] = last[1, 1] = True
-    assert torch.equal(ppo.carriers(batch.mask, "sequence"), last)
-    assert torch.equal(ppo.carriers(batch.mask, "token"), batch.mask)
+    assert torch.equal(ppo.scored_tokens(batch.mask, "sequence"), last)
+    assert torch.equal(ppo.scored_tokens(batch.mask, "token"), batch.mask)
     score = torch.full(batch.mask.shape, 9.0)
     score[0, 5], score[1, 1] = 0.5, 2.0  # errors 0.25 of weight 1, 4 of weight 0.2
     assert ppo.reward_loss(score, batch, "sequence").item() == pytest.approx((0.25 + 0.2 * 4) / 1.2)
     llama = lastmile.model.load(run_folder / "base")
     llama.add_adapter("reward", 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0), "normal")
-    assert torch.equal(ppo.judge(llama, batch, "sequence"), ppo.judge(llama, batch) * last)
+    assert torch.equal(ppo.reward_scores(llama, batch, "sequence"), ppo.reward_scores(llama, batch) * last)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +297,7 @@ def test_a_reward_at_the_end_travels_back(lam, value_learns, solved):
             tokens, state = torch.cat([tokens, action], 1), action[:, 0] if t == 0 else state
         zero = torch.zeros(B, 1)
         batch = data.collate([data.Datum("", "", "", row[:1], row[1:]) for row in tokens.tolist()])
-        score = ppo.carriers(batch.mask, "sequence") * state[:, None].float()
+        score = ppo.scored_tokens(batch.mask, "sequence") * state[:, None].float()
         logp, value = torch.cat([zero, *logp], 1), torch.cat([zero, *value], 1)
         traj = ppo.trajectory(batch, logp, value, score, 0.99999, lam, 2.5)
         loss = ppo.policy_loss(logp, traj, 0.2) + value_learns * ppo.value_loss(value, traj)
@@ -362,14 +366,17 @@ def test_words_end_at_their_last_token(tokenizer):
     """
     for text in ("Amy is playing  chess at 17:30 🙂 café.", "x", "  two\nlines", "🙂🙂"):
         response = [*tokenizer.encode(text), tokenizer.eos]
-        ends = ppo.word_ends(response, tokenizer.decode)
+        ends = reward_function.word_ends(response, tokenizer.decode)
         words = tokenizer.decode(response).split()
         assert len(ends) == len(words) and ends == sorted(ends) and (len(response) - 1 not in ends)
         for n, end in enumerate(ends, 1):
             assert tokenizer.decode(response[: end + 1]).split() == words[:n]
             assert tokenizer.decode(response[:end]).split() != words[:n]
-    assert ppo.word_ends([tokenizer.eos], tokenizer.decode) == []
-    assert ppo.word_ends([5, 6], lambda ids: "a b" if len(ids) > 1 else "") == [1, 1]  # one token may end two words
+    assert reward_function.word_ends([tokenizer.eos], tokenizer.decode) == []
+    assert reward_function.word_ends([5, 6], lambda ids: "a b" if len(ids) > 1 else "") == [
+        1,
+        1,
+    ]  # one token may end two words
 
 
 def test_grade_by_hand(tokenizer):
@@ -378,12 +385,12 @@ def test_grade_by_hand(tokenizer):
     """
     rows = [datum_of(tokenizer, "one", "Amy met Ben."), datum_of(tokenizer, "two", "Paul went home with Olga.")]
     batch, calls = data.collate(rows), []
-    score = ppo.grade(lambda *texts: calls.append(texts) or 0.5, rows, batch, tokenizer.decode)
-    assert torch.equal(score, 0.5 * ppo.carriers(batch.mask, "sequence"))
+    score = reward_function.token_scores(lambda *texts: calls.append(texts) or 0.5, batch, tokenizer.decode)
+    assert torch.equal(score, 0.5 * ppo.scored_tokens(batch.mask, "sequence"))
     assert calls == [("one", "Amy met Ben.", "Amy met Ben."), ("two", *["Paul went home with Olga."] * 2)]
-    score = ppo.grade(lambda s, r, p: [len(word) for word in p.split()], rows, batch, tokenizer.decode)
+    score = reward_function.token_scores(lambda s, r, p: [len(word) for word in p.split()], batch, tokenizer.decode)
     for b, datum in enumerate(rows):
-        ends = batch.prompt_len[b] + torch.tensor(ppo.word_ends(datum.response, tokenizer.decode))
+        ends = batch.prompt_len[b] + torch.tensor(reward_function.word_ends(datum.response, tokenizer.decode))
         assert score[b, ends].tolist() == [len(word) for word in datum.target.split()]
         assert score[b].count_nonzero() == len(ends)
 

@@ -14,6 +14,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import data
+import toy
+from formats import tables
 
 HARD = [
     "Zoë café naïve",
@@ -155,7 +157,7 @@ def test_stream_seed():
 
 def test_toy_is_the_same_everywhere():
     """Results on the toy can be compared only if its text never changes: sizes and one example are pinned."""
-    assert {split: len(data.toy(split)) for split in data.TOY_SIZES} == data.TOY_SIZES
+    assert {split: len(data.toy(split)) for split in toy.TOY_SIZES} == toy.TOY_SIZES
     assert data.toy("test") == data.toy("test") == data.load("toy", "test")
     assert data.toy("test")[2] == data.Example(
         "toy-test-2",
@@ -166,8 +168,8 @@ def test_toy_is_the_same_everywhere():
 
 def test_toy_splits_share_no_dialogue():
     """A test dialogue seen in training, or in pretraining, would make the test score a memory test."""
-    sources = [example.source for split in data.TOY_SIZES for example in data.toy(split)]
-    assert len(set(sources)) == len(sources) == sum(data.TOY_SIZES.values())
+    sources = [example.source for split in toy.TOY_SIZES for example in data.toy(split)]
+    assert len(set(sources)) == len(sources) == sum(toy.TOY_SIZES.values())
 
 
 def test_toy_summary_tells_the_final_plan():
@@ -179,7 +181,7 @@ def test_toy_summary_tells_the_final_plan():
         change = re.search(r"(?:What about|Better at the) (.+?)[.?]", example.source)
         if change:
             changed += 1
-            place, time = re.search(rf" at the (\w+) ({'|'.join(data.TIMES)})\?", example.source).groups()
+            place, time = re.search(rf" at the (\w+) ({'|'.join(toy.TIMES)})\?", example.source).groups()
             overruled = time if "What about" in example.source else f"at the {place}"
             assert change[1] in example.target and overruled not in example.target
     assert changed > 1000
@@ -198,7 +200,7 @@ def test_toy_base_corpus_is_wordy():
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-@pytest.mark.parametrize(("source", "target"), [*data.COLUMNS, ("frage", "antwort")])
+@pytest.mark.parametrize(("source", "target"), [*tables.COLUMNS, ("frage", "antwort")])
 def test_load_finds_the_columns(tmp_path, source, target, suffix):
     """Every pair of column names found unasked, and a named one, in both formats and beside other columns."""
     rows = [{"id": f"n{i}", "other": "x", source: f"in {i}", target: f"out {i}"} for i in range(3)]
@@ -275,7 +277,7 @@ def write(parquet):
     return write
 
 
-@pytest.mark.parametrize("suffix", data.SUFFIXES)
+@pytest.mark.parametrize("suffix", tables.SUFFIXES)
 def test_load_reads_every_format_alike(tmp_path, write, suffix):
     """The same rows in four formats are the same examples: words that pandas drops, quotes, line ends, U+2028, id 0."""
     pairs = [
@@ -283,7 +285,7 @@ def test_load_reads_every_format_alike(tmp_path, write, suffix):
         ("<NA>", "''"), (" \tx ", "\n y\n"),
     ]  # fmt: skip
     write(tmp_path / f"test{suffix}", [{"id": i, "dialogue": a, "summary": b} for i, (a, b) in enumerate(pairs)])
-    expected = [data.Example(str(i), *(data.clean(text) for text in pair)) for i, pair in enumerate(pairs)]
+    expected = [data.Example(str(i), *(tables.clean(text) for text in pair)) for i, pair in enumerate(pairs)]
     assert data.load(tmp_path, "test") == expected and expected[4].source == 'A: "hi", you\nB: yo'
 
 
@@ -726,7 +728,7 @@ def real_texts(shared):
     """1,000 examples each of SAMSum and XSum; of long sources the last 500 characters, which is where targets join."""
     rows = [json.loads(line) for line in (shared / "data/xsum_test_1000.jsonl").read_text().split("\n") if line]
     found = data.load(shared / "data/samsum", "train")[:1000]
-    found += [data.Example(row["id"], data.clean(row["document"]), data.clean(row["summary"])) for row in rows]
+    found += [data.Example(row["id"], tables.clean(row["document"]), tables.clean(row["summary"])) for row in rows]
     assert len(found) == 2000
     return [data.replace(e, source=e.source[-500:]) for e in found]
 

@@ -13,6 +13,7 @@ from huggingface_hub.utils import _http
 
 import data
 import lastmile
+from training import folders
 
 WANTED = {"config.json", "quantize_config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
 UNWANTED = {  # what repositories hold besides: pickles, other people's formats, folders with a second copy of it all
@@ -111,7 +112,7 @@ def test_model_of_the_hub(hub, name, revision, capsys):
 def test_a_process_of_its_own(hub, tmp_path):
     """With the environment that people set, cold and then offline: the same sizes printed, nothing said on stderr."""
     (tmp_path / "here/rows.csv").write_bytes(sheet(ROWS))
-    command = [sys.executable, lastmile.ROOT / "lastmile.py", "mle", "--dry-run", "--model", "owner/tiny@gptq-4bit-32g"]
+    command = [sys.executable, folders.ROOT / "lastmile.py", "mle", "--dry-run", "--model", "owner/tiny@gptq-4bit-32g"]
     command += ["--template", "plain", "--data", "rows.csv", "--output-dir", "out"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 from test_quant import dense_twin
 
 import lastmile
+from formats import llama_folder
 from formats.errors import UserError
+from training import command_line, folders, optimizer, terminal
+from training import run as run_module
+from training import settings as settings_module
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -79,7 +83,7 @@ def test_the_demo(fresh_run, capsys):
     assert len(set(answers.values())) == 3
     for name, text in answers.items():  # alone, the prompt gets the answer that it got in its batch
         assert fresh_run("sample", rows[0]["source"], "--adapter", name, "--max-new-tokens", 24) == 0
-        assert capsys.readouterr().out == lastmile.visible(text) + "\n"
+        assert capsys.readouterr().out == terminal.visible(text) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -151,24 +155,24 @@ def test_the_seed_decides(fresh_run, reward, stage):
 )
 def test_the_defaults_are_the_paper_s(command, expected):
     """Without flags, on any data but the toy, a run is the paper's."""
-    _, settings, _ = lastmile.parse([command, "--data", "samsum"])
+    _, settings, _ = command_line.read([command, "--data", "samsum"])
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
 def test_the_toy_has_its_own_rates():
     """The paper's 1e-5 would teach the tiny base nothing; the toy's 3e-3 would ruin Llama. A flag beats both."""
     for flags, rate in [([], 3e-3), (["--data", "samsum"], 1e-5), (["--learning-rate", "0.5"], 0.5)]:
-        assert all(lastmile.parse([stage, *flags])[1].learning_rate == rate for stage in ("reward", "mle", "ppo"))
-    assert lastmile.parse(["eval"])[1].bleurt == "none"
-    assert lastmile.parse(["eval", "--data", "xsum"])[1].test_examples == 3000  # paper, 4.2
-    assert lastmile.parse(["ppo", "--data", "xsum"])[1].train_examples == 15000
-    assert lastmile.parse(["ppo", "--data", "xsum", "--train-examples", "5"])[1].train_examples == 5
+        assert all(command_line.read([stage, *flags])[1].learning_rate == rate for stage in ("reward", "mle", "ppo"))
+    assert command_line.read(["eval"])[1].bleurt == "none"
+    assert command_line.read(["eval", "--data", "xsum"])[1].test_examples == 3000  # paper, 4.2
+    assert command_line.read(["ppo", "--data", "xsum"])[1].train_examples == 15000
+    assert command_line.read(["ppo", "--data", "xsum", "--train-examples", "5"])[1].train_examples == 5
 
 
 def test_underscores_are_dashes():
     """Many tools write --batch_size: it means the same, and a value with underscores or dashes stays as it is."""
-    dashed = lastmile.parse(["mle", "--batch-size", "3", "--output-dir=a_b", "--data=c_d-e", "--no-eos-in-labels"])
-    assert dashed == lastmile.parse(
+    dashed = command_line.read(["mle", "--batch-size", "3", "--output-dir=a_b", "--data=c_d-e", "--no-eos-in-labels"])
+    assert dashed == command_line.read(
         ["mle", "--batch_size", "3", "--output_dir=a_b", "--data=c_d-e", "--no_eos_in_labels"]
     )
     assert (dashed[1].batch_size, dashed[1].output_dir, dashed[1].data) == (3, "a_b", "c_d-e")
@@ -179,13 +183,13 @@ def test_help_lists_every_setting(command, capsys):
     """A setting that --help does not show does not exist for its user."""
     assert exit_code(lastmile.main, [command, "--help"]) == 0
     shown = capsys.readouterr().out
-    for field in dataclasses.fields(lastmile.COMMANDS[command][0]):
+    for field in dataclasses.fields(settings_module.COMMANDS[command]):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", shown) and len(field.metadata["help"]) > 3
 
 
 def test_the_readme_s_commands_parse(monkeypatch):
     """Every `python lastmile.py` line of the README is typed by somebody, so every flag in it must exist."""
-    readme = lastmile.ROOT / "README.md"
+    readme = folders.ROOT / "README.md"
     if not readme.is_file():
         pytest.skip("no README.md yet")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -194,7 +198,7 @@ def test_the_readme_s_commands_parse(monkeypatch):
     assert commands
     for line in commands:
         arguments = shlex.split(line)
-        assert arguments[0] in lastmile.COMMANDS and exit_code(lastmile.parse, arguments) != 2, line
+        assert arguments[0] in lastmile.COMMANDS and exit_code(command_line.read, arguments) != 2, line
 
 
 @pytest.fixture(scope="module")
@@ -280,19 +284,21 @@ def test_a_settings_file_sets_what_flags_do_not(tmp_path):
     """
     text = 'seed = 7\nbatch-size = 3\nlora_alpha = 8\noutput_dir = "a-b_c"\n[ppo]\nbatch_size = 5\nwhiten = true\n'
     file = written(tmp_path, text + '[mle]\neos-in-labels = false\n[sample]\nadapter = "x"\n')
-    ppo = lastmile.parse(["ppo", "--config", file, "--seed", "8", "--no-whiten"])[1]
+    ppo = command_line.read(["ppo", "--config", file, "--seed", "8", "--no-whiten"])[1]
     assert (ppo.seed, ppo.batch_size, ppo.lora_alpha, ppo.output_dir, ppo.whiten) == (8, 5, 8.0, "a-b_c", False)
-    assert type(ppo.lora_alpha) is float and ppo.config == file and lastmile.parse(["ppo", "--config", file])[1].whiten
-    mle = lastmile.parse(["mle", "--config", file])[1]
+    assert (
+        type(ppo.lora_alpha) is float and ppo.config == file and command_line.read(["ppo", "--config", file])[1].whiten
+    )
+    mle = command_line.read(["mle", "--config", file])[1]
     assert (mle.seed, mle.batch_size, mle.eos_in_labels) == (7, 3, False)
-    assert lastmile.parse(["sample", "hello", "--config", file])[1].adapter == "x"
-    assert lastmile.parse(["tables", "--config", file])[1].seed == 7  # has neither batch size nor alpha
+    assert command_line.read(["sample", "hello", "--config", file])[1].adapter == "x"
+    assert command_line.read(["tables", "--config", file])[1].seed == 7  # has neither batch size nor alpha
 
 
 @pytest.mark.parametrize("text", ["\ufeffseed = 7\n[mle]\nbatch_size = 3\n", "seed = 7\r\n\r\n[mle]\r\nbatch_size = 3"])
 def test_settings_files_of_windows(tmp_path, text):
     """Editors there put a byte order mark in front and end lines with CRLF: neither is part of a key or a value."""
-    mle = lastmile.parse(["mle", "--config", written(tmp_path, text)])[1]
+    mle = command_line.read(["mle", "--config", written(tmp_path, text)])[1]
     assert (mle.seed, mle.batch_size) == (7, 3)
 
 
@@ -310,7 +316,7 @@ def test_settings_files_of_windows(tmp_path, text):
 )
 def test_defaults_follow_the_data_of_the_file(tmp_path, text, flags, rate, examples):
     """Which defaults hold, the toy's or the paper's, is decided by the data that will be used, wherever it is named."""
-    mle = lastmile.parse(["mle", "--config", written(tmp_path, text), *flags])[1]
+    mle = command_line.read(["mle", "--config", written(tmp_path, text), *flags])[1]
     assert (mle.learning_rate, mle.train_examples) == (rate, examples)
 
 
@@ -422,7 +428,7 @@ def test_settings_are_printed_once_and_saved(fresh_run, reward, capsys):
         settings = json.loads((place / stage / "config.json").read_text())
         assert settings.pop("stage") == stage and settings.pop("commit")
         found = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in shown[0].split())}
-        assert found == settings and set(found) == {f.name for f in dataclasses.fields(lastmile.COMMANDS[stage][0])}
+        assert found == settings and set(found) == {f.name for f in dataclasses.fields(settings_module.COMMANDS[stage])}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ def no_weights(run_folder, monkeypatch):
         def get_tensor(self, name):
             pytest.fail(f"{name} was read")
 
-    monkeypatch.setattr(lastmile.model, "safe_open", HeaderOnly)
+    monkeypatch.setattr(llama_folder, "safe_open", HeaderOnly)
 
 
 @pytest.mark.parametrize(
@@ -737,14 +743,14 @@ def test_ppo_goes_on_with_the_reward_model_it_was_training(fresh_run, tmp_path, 
 
 def test_a_full_disk_ends_no_run_before_its_end(fresh_run, monkeypatch, capsys):
     """A checkpoint that cannot be written on the way is said to be missing, and the run goes on to its adapter."""
-    write = lastmile.write_checkpoint
+    write = run_module.write_checkpoint
 
     def full_once(place, *content):
         if place.name == "step-00000001":
             raise OSError(28, "No space left on device")
         write(place, *content)
 
-    monkeypatch.setattr(lastmile, "write_checkpoint", full_once)
+    monkeypatch.setattr(run_module, "write_checkpoint", full_once)
     assert fresh_run("mle", *SMALL, "--save-every", 1) == 0
     assert "step-00000001: not saved (No space left on device)" in capsys.readouterr().err
 
@@ -760,11 +766,11 @@ def test_the_paper_s_model_is_the_default(monkeypatch, tmp_path):
     """Section 4.1: on the paper's data sets `ppo` alone means its base model; one in the run's folder goes before."""
     monkeypatch.chdir(tmp_path)
     for name in ("samsum", "xsum"):
-        assert lastmile.parse(["ppo", "--data", name])[1].model == "TheBloke/Llama-2-7B-Chat-GPTQ"
+        assert command_line.read(["ppo", "--data", name])[1].model == "TheBloke/Llama-2-7B-Chat-GPTQ"
     (tmp_path / "runs/xsum/base").mkdir(parents=True)
-    assert lastmile.parse(["ppo", "--data", "xsum"])[1].model == "runs/xsum/base"
-    assert lastmile.parse(["ppo"])[1].model == "runs/toy/base"  # to be made, not fetched
-    assert lastmile.parse(["ppo", "--data", "xsum", "--model", "a/b@c"])[1].model == "a/b@c"
+    assert command_line.read(["ppo", "--data", "xsum"])[1].model == "runs/xsum/base"
+    assert command_line.read(["ppo"])[1].model == "runs/toy/base"  # to be made, not fetched
+    assert command_line.read(["ppo", "--data", "xsum", "--model", "a/b@c"])[1].model == "a/b@c"
 
 
 def test_a_model_of_the_hub_brings_its_prompt(fresh_run, tmp_path):
@@ -776,7 +782,7 @@ def test_a_model_of_the_hub_brings_its_prompt(fresh_run, tmp_path):
     flags = ["--model", "owner/name@v1", "--output-dir", "run"]
     with Hub({"models": {"owner/name": {"v1": files}}}) as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        command = [sys.executable, lastmile.ROOT / "lastmile.py", "mle", *SMALL, *flags]
+        command = [sys.executable, folders.ROOT / "lastmile.py", "mle", *SMALL, *flags]
         subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, check=True, capture_output=True)
     ours, theirs = learned(fresh_run.folder / "mle"), learned(tmp_path / "run/mle")
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
@@ -841,7 +847,7 @@ def test_help_and_mistakes_need_no_torch(tmp_path, line, code, says):
     """
     file = written(tmp_path, "[ppo]\nlength_penality = 1\n")
     command = [sys.executable, "-X", "importtime", "lastmile.py", *line.replace("FILE", file).split()]
-    done = subprocess.run(command, cwd=lastmile.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folders.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code and says in done.stdout + done.stderr
     imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.M))
     assert "argparse" in imported and not {"torch._C", "torch", "numpy", "sentencepiece", "tqdm"} & imported
@@ -850,7 +856,7 @@ def test_help_and_mistakes_need_no_torch(tmp_path, line, code, says):
 def test_a_missing_package_is_named():
     """Outside the virtual environment the line must say what to do; lazily, it once was an AttributeError of None."""
     command = [sys.executable, "-S", "lastmile.py", "--help"]  # -S: without site-packages
-    done = subprocess.run(command, cwd=lastmile.ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folders.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "No module named 'torch'; install what lastmile needs: make setup" in done.stderr
 
 
@@ -956,12 +962,12 @@ def test_no_datum_weighs_less_for_the_company_it_keeps(fresh_run, monkeypatch, s
     number in every batch, and a whole epoch adds up to its number of batches.
     """
     shares, batches = [], []
-    add, log = lastmile.Updater.add, lastmile.Run.log
+    add, log = optimizer.Optimizer.backward, run_module.Run.log
     monkeypatch.setattr(
-        lastmile.Updater, "add", lambda self, loss, share=1.0: shares.append(share) or add(self, loss, share)
+        optimizer.Optimizer, "backward", lambda self, loss, share=1.0: shares.append(share) or add(self, loss, share)
     )
     monkeypatch.setattr(
-        lastmile.Run, "log", lambda self, step, batch, **n: batches.append(batch) or log(self, step, batch, **n)
+        run_module.Run, "log", lambda self, step, batch, **n: batches.append(batch) or log(self, step, batch, **n)
     )
     flags = ["--train-examples", 20, "--epochs", 1, "--batch-size", 4]
     assert fresh_run(stage, *flags, *(["--eval-examples", 4] if stage == "reward" else [])) == 0

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora
 import model
+from speed import cpu as cpu_speed
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(3, 51).view(2, 24)
@@ -76,7 +77,7 @@ def test_few_rows_leave_the_cpu_as_it_was():
     try:
         matmul.fp32_precision = "bf16"
         for rows, inside in ((64, "none"), (65, "bf16")):
-            with pytest.raises(KeyError), lora.few_rows(rows):
+            with pytest.raises(KeyError), cpu_speed.few_rows(rows):
                 assert matmul.fp32_precision == inside
                 raise KeyError
             assert matmul.fp32_precision == "bf16"

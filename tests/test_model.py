@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quant import damage_folder, packed_folder
 
-import lastmile
 import model
+from formats import llama_folder
+from speed import cpu as cpu_speed
+from training import estimate, folders
 
 RAGGED = [[1], [5, 6, 7, 8], [3, 9] * 5, [4, 11]]
 SHAPES = {
@@ -220,7 +222,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     faults = {}
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     for pages, more in (("small", {"THP_MEM_ALLOC_ENABLE": "0"}), ("ours", {})):
-        place = dict(cwd=lastmile.ROOT, env=environment | more)
+        place = dict(cwd=folders.ROOT, env=environment | more)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **place)
         faults[pages] = int(run.stdout)
     mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -236,7 +238,7 @@ def test_onednn_only_where_it_is_exact(monkeypatch):
     matmul = torch.backends.mkldnn.matmul
     try:
         matmul.fp32_precision = "none"
-        taken = model.prefer_onednn()
+        taken = cpu_speed.prefer_onednn()
         assert matmul.fp32_precision == ("bf16" if taken else "none")
         x = torch.randn(300, 500)
         exact = x.double() @ x.T.double()
@@ -248,7 +250,7 @@ def test_onednn_only_where_it_is_exact(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "__matmul__", rounded)
-            assert not model.prefer_onednn() and matmul.fp32_precision == "none"
+            assert not cpu_speed.prefer_onednn() and matmul.fp32_precision == "none"
     finally:
         matmul.fp32_precision = "none"
 
@@ -378,7 +380,7 @@ def config_of(folder, generation=None, **changes):
     (folder / "config.json").write_text(json.dumps(raw))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    return model.read_config(folder)
+    return llama_folder.read_config(folder)
 
 
 def test_what_a_silent_config_means(tmp_path):
@@ -467,14 +469,14 @@ def test_configs_that_are_no_object(tmp_path, text):
     """An empty, torn or foreign file is named."""
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="fetch the file again") as error:
-        model.read_config(tmp_path)
+        llama_folder.read_config(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 def test_byte_order_mark(tmp_path):
     """Some editors on Windows put one before the first brace."""
     (tmp_path / "config.json").write_text(json.dumps(PLAIN), encoding="utf-8-sig")
-    assert model.read_config(tmp_path).num_key_value_heads == 2
+    assert llama_folder.read_config(tmp_path).num_key_value_heads == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -760,7 +762,7 @@ def test_headers_alone_make_the_model(tmp_path, monkeypatch, make):
             self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
 
     real = model.safe_open
-    monkeypatch.setattr(model, "safe_open", Headers)
+    monkeypatch.setattr(llama_folder, "safe_open", Headers)
     with pytest.raises(AttributeError, match="get_tensor"):
         model.load(tmp_path)
     found = model.load(tmp_path, dtype=torch.bfloat16, weights=False)
@@ -801,7 +803,7 @@ def test_kept_bytes_are_those_of_a_real_pass(tmp_path, make, dtype):
     sizes = {}
     for B, T in ((1, 16), (2, 16), (2, 256)):
         for adapter in ("policy", (("policy", B - 1), ("value", 1))):
-            found = model.kept_bytes(meta, B, T, adapter)
+            found = estimate.kept_bytes(meta, B, T, adapter)
             assert found == pytest.approx(kept_on_a_cpu(real, tokens_of(B, T), adapter), rel=0.05)
             sizes[B, T, type(adapter)] = found
     assert 0 < sizes[1, 16, str] < sizes[2, 16, str] < sizes[2, 256, str]
@@ -817,7 +819,7 @@ def test_kept_bytes_with_recomputation(tmp_path):
     inside = kept_on_a_cpu(real, tokens, "policy") // 6
     real.recompute = meta.recompute = True
     expected = inside + kept_on_a_cpu(real, tokens, "policy")
-    assert model.kept_bytes(meta, 2, 64, "policy") == pytest.approx(expected, rel=0.15)
+    assert estimate.kept_bytes(meta, 2, 64, "policy") == pytest.approx(expected, rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

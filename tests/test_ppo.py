@@ -223,7 +223,7 @@ def test_what_each_column_may_see(actors):
     last = (batch.prompt_len + batch.mask.sum(1) - 1)[:, None]  # (B, 1)
     other = replace(batch, tokens=batch.tokens.scatter(1, last, 1 + batch.tokens.gather(1, last)))
     with torch.no_grad():
-        before, after = ((*ppo.actor_critic(actors, b), ppo.judge(actors, b)) for b in (batch, other))
+        before, after = ((*ppo.actor_critic(actors, b), ppo.reward_scores(actors, b)) for b in (batch, other))
     is_last = torch.zeros_like(batch.mask).scatter(1, last, True)
     for name, a, b in zip(("logp", "entropy", "value", "score"), before, after, strict=True):
         assert torch.equal(a[~is_last], b[~is_last])
@@ -234,7 +234,7 @@ def test_what_each_column_may_see(actors):
 def test_columns_by_hand(actors):
     """Every column of one row against logits, value and score read at the position where they belong."""
     batch = random_batch(5)
-    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
+    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
     p = actors.logits(actors(batch.tokens, "policy")).softmax(-1)[0]  # (T, V)
     V, r = (actors.scalar(actors(batch.tokens, name), name)[0] for name in ("value", "reward"))
     for t in range(5, 10):
@@ -248,7 +248,7 @@ def test_columns_by_hand(actors):
 def test_stacked_pass_equals_three(actors):
     """One pass over rows of three adapters gives the values and gradients of three passes; the reward gets none."""
     batch = random_batch(4, 1, 9, 6)
-    (logp, _, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
+    (logp, _, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
     apart = ppo.token_logp(ppo.response_logits(actors, actors(batch.tokens, "policy"), batch), batch)
     h = ppo.before(actors(batch.tokens, "value"), batch.mask)
     apart_value = ppo.fill(batch.mask, actors.scalar(h, "value"))
@@ -269,8 +269,8 @@ def test_first_update_is_the_plain_policy_gradient(actors, whitened):
     ratio near 1 here is the mark of log-probabilities taken from the sampler's cache or another dtype.
     """
     batch = random_batch(4, 1, 9, 6)
-    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.judge(actors, batch)
-    traj = ppo.trajectory(batch, logp, value, score, GAMMA, LAM, 2.5, whitened=whitened)
+    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
+    traj = ppo.trajectory(batch, logp, value, score, GAMMA, LAM, 2.5, whiten_advantages=whitened)
     assert (ppo.ratio(logp, traj.logp_old)[batch.mask] == 1).all()
     numbers = ppo.statistics(traj, batch, logp, value, entropy, 0.2, eos=(2,))
     assert numbers["ratio"] == numbers["ratio_max"] == 1 and numbers["clip_fraction"] == 0
@@ -292,7 +292,9 @@ def test_trajectory_adds_up():
     assert torch.equal(traj.reward, reward) and torch.equal(traj.logp_old, logp) and torch.equal(traj.value, value)
     assert torch.equal(traj.adv, ppo.gae(reward, value, batch.mask, 0.9, 0.5))
     assert torch.equal(traj.ret, ppo.returns(reward, batch.mask, 0.9))
-    plain, white = (ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, whitened=w) for w in (False, True))
+    plain, white = (
+        ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, whiten_advantages=w) for w in (False, True)
+    )
     assert torch.equal(white.adv, ppo.whiten(plain.adv, batch.mask)) and torch.equal(white.ret, plain.ret)
 
 

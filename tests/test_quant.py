@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import model
 import quant
+from formats import gptq as gptq_dialects
+from formats import llama_folder
 
 
 def random_packed(K, N, group_size=32, act_order=False, seed=0):
@@ -749,14 +751,14 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 def read_settings(folder, said):
-    """What model.read_config makes of {file: the quantisation settings in it}."""
+    """What llama_folder.read_config makes of {file: the quantisation settings in it}."""
     said = dict(said)
     files = {
         "config.json": LLAMA | {"model_type": "llama", "quantization_config": said.pop("config.json", None)}
     } | said
     for name, raw in files.items():
         (folder / name).write_text(json.dumps(raw))
-    return model.read_config(folder).quantization
+    return llama_folder.read_config(folder).quantization
 
 
 DIALECTS = {
@@ -793,7 +795,7 @@ def test_settings_that_change_the_reading_are_kept(tmp_path):
     }
     expected = {"group_size": 128, "act_order": True, "sym": False, "zero_offset": 0}
     assert read_settings(tmp_path, said) == expected
-    assert model.read_config(tmp_path).quantization == expected
+    assert llama_folder.read_config(tmp_path).quantization == expected
 
 
 DISAGREEMENTS = {
@@ -853,7 +855,7 @@ def test_other_quantisations_are_refused_by_name(tmp_path, said, message):
     """
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_settings(tmp_path, {"config.json": said})
-    assert str(tmp_path) in str(error.value) and quant.TAKE_ANOTHER in str(error.value)
+    assert str(tmp_path) in str(error.value) and gptq_dialects.TAKE_ANOTHER in str(error.value)
 
 
 def test_autoawqs_file_is_refused_by_name(tmp_path):

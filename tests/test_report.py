@@ -16,10 +16,13 @@ import data
 import lastmile
 import model
 import ppo
-import report
+from report import examine
+from report import page as page_module
+from report import write as report_writer
+from training import command_line, inputs, results, terminal
 
 HOSTILE = "</script></style><img src=x onerror=alert(1)>\"'&amp;\x1b[31m\u202e{}"
-SHOWN = lastmile.visible(HOSTILE)
+SHOWN = terminal.visible(HOSTILE)
 
 
 class Page(html.parser.HTMLParser):
@@ -70,29 +73,29 @@ def run(run_folder, reward, tmp_path_factory):
 def test_smooth_is_the_mean_of_the_window():
     """Against the definition, at every width: prefix sums are easily one off, and the line would lag the dots."""
     values = [math.sin(i) * i for i in range(23)]
-    assert report.smooth([0, 3, 0], 3) == [1.5, 1, 1.5]
+    assert page_module.smooth([0, 3, 0], 3) == [1.5, 1, 1.5]
     for window in (0, 1, 2, 5, 22, 60):
         expected = [
             sum(near) / len(near) for i in range(23) for near in [values[max(i - window // 2, 0) : i + window // 2 + 1]]
         ]
-        assert report.smooth(values, window) == pytest.approx(expected)
+        assert page_module.smooth(values, window) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-143, 16), (0.0351, 0.0352), (-1e-7, 3e5), (5, 5), (0, 1e-300)])
 def test_ticks_are_few_round_and_inside(low, high):
     """An axis needs two to five numbers, whatever the range; a flat curve has one."""
-    found = report.ticks(low, high)
+    found = page_module.ticks(low, high)
     assert 1 <= len(found) <= 5 and all(low <= tick <= high for tick in found)
-    assert len({report.number(tick, 5) for tick in found}) == len(found)
-    assert report.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert len({page_module.number(tick, 5) for tick in found}) == len(found)
+    assert page_module.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_levels_are_symmetric():
     """Blue and orange must mean the same distance, and the bounds that the legend shows be those that colour."""
-    assert report.level(-3, 0, (1, 2, 4, 8)) == 2
+    assert page_module.level(-3, 0, (1, 2, 4, 8)) == 2
     for x in (0, 0.5, 1, 2, 5, 8, 100):
-        assert report.level(x, 0, (1, 2, 4, 8)) - 4 == 4 - report.level(-x, 0, (1, 2, 4, 8))
-    assert [report.level(x, 0.5, [0.1, 0.2, 0.3, 0.4]) for x in (-2, 0.05, 0.5, 0.65, 1.2)] == [0, 0, 4, 5, 8]
+        assert page_module.level(x, 0, (1, 2, 4, 8)) - 4 == 4 - page_module.level(-x, 0, (1, 2, 4, 8))
+    assert [page_module.level(x, 0.5, [0.1, 0.2, 0.3, 0.4]) for x in (-2, 0.05, 0.5, 0.65, 1.2)] == [0, 0, 4, 5, 8]
 
 
 def luminance(colour):
@@ -102,7 +105,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colours", [report.LIGHT, report.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", [page_module.LIGHT, page_module.DARK], ids=["light", "dark"])
 def test_text_can_be_read_on_every_background(colours):
     """WCAG's 4.5 : 1, text on all nine tones, and everything else that is written on the page itself."""
     pairs = [("text", tone) for tone in colours["tones"]]
@@ -115,17 +118,17 @@ def test_text_can_be_read_on_every_background(colours):
 def test_sampled_and_true_batches_stand_apart():
     """Their returns differ by a hundred: one line through both would show the mixture, not the learning."""
     rows = [{"step": i, "ground_truth": i % 2 == 1, "return": 10.0 if i % 2 else -100.0} for i in range(64)]
-    drawn = Page(report.chart("return", rows))
+    drawn = Page(page_module.chart("return", rows))
     assert "sampled −100" in drawn.text and "truth 10" in drawn.text
 
 
 def test_numbers_that_cannot_be_drawn_are_left_out():
     """A loss of nan, a KL that most steps lack, or no such key at all is no reason to have no page."""
     rows = [{"step": i, "loss": x} for i, x in enumerate([1.0, math.nan, None, "x", math.inf, True, 2.0])]
-    drawn = report.chart("loss", [*rows, {"step": 7, "loss": 10**400}])
+    drawn = page_module.chart("loss", [*rows, {"step": 7, "loss": 10**400}])
     assert re.search('class="dots s0" d="([^"]*)"', drawn)[1].count("h0") == 2
     assert "nan" not in drawn and "inf" not in drawn
-    assert report.chart("kl", rows) == ""
+    assert page_module.chart("kl", rows) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,12 +145,12 @@ def test_token_numbers_are_those_of_ppo(run):
     column off, or padding that leaks, would colour the wrong word.
     """
     page = Page((run / "report.html").read_text())
-    settings = lastmile.parse(["report", "--output-dir", str(run)])[1]
-    llama, tokenizer = lastmile.open_base(settings)
+    settings = command_line.read(["report", "--output-dir", str(run)])[1]
+    llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", run / "reward", head=True)
     llama.load_adapter("policy", run / "ppo" / "policy")
     llama.load_adapter("value", run / "ppo" / "value", head=True)
-    columns = lastmile.read_outputs(run / "eval")
+    columns = results.read_outputs(run / "eval")
     names = ("reference", "base", "mle", "policy", "base cleaned", "mle cleaned")
     assert [name for name, _ in page.titles] == list(names) * 6
     titles, compared = iter(page.titles), 0
@@ -161,7 +164,7 @@ def test_token_numbers_are_those_of_ppo(run):
             batch = replace(batch, ref_len=torch.tensor([reference]))
             with torch.inference_mode():
                 logp, _, value = ppo.actor_critic(llama, batch)
-                score = ppo.judge(llama, batch)
+                score = ppo.reward_scores(llama, batch)
             traj = ppo.trajectory(batch, logp, value, score, 0.99999, 0.95, 2.5)
             expected = {"reward": traj.reward, "score": score, "penalty": ppo.length_penalty(batch, 2.5),
                         "value": value, "advantage": traj.adv, "return": traj.ret}  # fmt: skip
@@ -185,7 +188,7 @@ def test_pieces_join_to_the_text(run_folder):
     """Emoji are several tokens each, and a decoder shows half of one as a replacement character: none may be lost."""
     tokenizer = data.load_tokenizer(run_folder / "base")
     for text in ("Amy likes 🦊🦊 and naïve cafés.", "a\n\n b", "🦊", "\ufffd", ""):
-        tokens = lastmile.tokens_of(tokenizer, {"policy": text}, {"policy": text}, 100)["policy"]["tokens"]
+        tokens = examine.tokens_of(tokenizer, {"policy": text}, {"policy": text}, 100)["policy"]["tokens"]
         assert "".join(token["text"] for token in tokens[:-1]) == text and tokens[-1]["text"] == "EOS"
 
 
@@ -225,10 +228,12 @@ def test_every_place_for_text_is_escaped(place):
         "bleurt": given["facts"],
     }
     sections = [
-        report.tables(scores, intervals, facts),
-        report.gallery([{"id": given["id"], "source": given["source"], "outputs": {given["column"]: output}}], "note"),
+        page_module.tables(scores, intervals, facts),
+        page_module.gallery(
+            [{"id": given["id"], "source": given["source"], "outputs": {given["column"]: output}}], "note"
+        ),
     ]
-    page = Page(report.page(given["title"], given["facts"], sections))
+    page = Page(page_module.page(given["title"], given["facts"], sections))
     assert HOSTILE in page.text and "img" not in {tag for tag, _ in page.tags}
 
 
@@ -299,7 +304,7 @@ def test_a_report_is_there_whole_or_not_at_all(run, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(lastmile, "sync", full)
+    monkeypatch.setattr(report_writer, "sync", full)
     assert lastmile.main(["report", "--output-dir", str(tmp_path)]) == 1
     assert (tmp_path / "report.html").read_text() == "the one before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mle", "report.html"]
@@ -357,7 +362,7 @@ def test_the_switch_recolours_tokens(open_page):
     page = open_page(1400)
     page.focus("#by-reward")
     seen = []
-    for name in report.NUMBERS:
+    for name in page_module.NUMBERS:
         assert page.evaluate("document.activeElement.id") == f"by-{name}" and page.is_checked(f"#by-{name}")
         shown = page.eval_on_selector_all(".scale", "all => all.filter(x => x.offsetHeight).map(x => x.className)")
         assert shown == [f"scale {name}"]
@@ -446,8 +451,8 @@ def test_tensorboard_hears_every_step(fresh_run):
 )
 def test_a_logger_that_is_not_there_is_said_first(fresh_run, value, said, monkeypatch, capsys):
     """One line before any work: not after the model has been loaded, or the first step made."""
-    find = lastmile.importlib.util.find_spec
-    monkeypatch.setattr(lastmile.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    find = command_line.importlib.util.find_spec
+    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     monkeypatch.setattr(model, "load", lambda *_: pytest.fail("the model was loaded"))
     assert fresh_run("mle", "--report-to", value) == 2
     error = capsys.readouterr().err

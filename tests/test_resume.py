@@ -25,6 +25,10 @@ from safetensors.torch import load_file, save_file
 from test_lastmile import contents, exit_code, journal
 
 import lastmile
+from formats import llama_folder
+from training import checkpoint as checkpoint_files
+from training import folders, terminal
+from training import run as run_module
 
 BASE = "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 1"
 STAGES = {  # 14 rows in batches of 4: three epochs, each with a smaller last batch, in 12 steps
@@ -101,7 +105,7 @@ def result(folder):
 @pytest.fixture
 def after(monkeypatch):
     """after({4: action}) has action(run) done when 4 steps are logged, before their checkpoint."""
-    log = lastmile.Run.log
+    log = run_module.Run.log
 
     def plan(actions):
         def logged(run, step, batch, **numbers):
@@ -109,7 +113,7 @@ def after(monkeypatch):
             if step + 1 in actions:
                 actions[step + 1](run)
 
-        monkeypatch.setattr(lastmile.Run, "log", logged)
+        monkeypatch.setattr(run_module.Run, "log", logged)
 
     return plan
 
@@ -120,8 +124,8 @@ def terminate(run):
 
 def saved(folder, stage):
     """The steps of the checkpoints of an unfinished stage, each of which must hold."""
-    places = lastmile.checkpoints(folder / f"{stage}.partial")
-    return [lastmile.read_checkpoint(place)[1]["step"] for place in places]
+    places = checkpoint_files.checkpoints(folder / f"{stage}.partial")
+    return [checkpoint_files.read_checkpoint(place)[1]["step"] for place in places]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ class Worker:
     """A process that imports torch once and forks for every command line: a start costs 0.1 s in place of 2."""
 
     def __init__(self, log):
-        self.log, path = log, os.pathsep.join([str(lastmile.ROOT), os.environ.get("PYTHONPATH", "")])
+        self.log, path = log, os.pathsep.join([str(folders.ROOT), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -182,7 +186,7 @@ def slowed(sync, seconds, path):
 def serve():
     """The worker's side."""
     torch.set_num_threads(1)
-    lastmile.data.toy, lastmile.ppo.gae, lastmile.tqdm.tqdm, lastmile.safetensors.save  # noqa: B018
+    pass
     torch.optim.AdamW([torch.zeros(1)])
     for line in sys.stdin:
         arguments, slow, log = json.loads(line)
@@ -382,7 +386,7 @@ def test_resume_from_before(train, interrupted, after, whole):
 
 
 def assert_saved(run, steps):
-    assert [int(place.name[5:]) for place in lastmile.checkpoints(run.folder)] == steps
+    assert [int(place.name[5:]) for place in checkpoint_files.checkpoints(run.folder)] == steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -403,7 +407,7 @@ def truncate(place):
 
 def newer(place):
     file = place / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": lastmile.VERSION + 1}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": checkpoint_files.VERSION + 1}))
 
 
 DAMAGE = {  # name: (what is done to a checkpoint's folder, what is said of it)
@@ -422,7 +426,7 @@ def test_damaged_checkpoints(train, interrupted, whole, name, capsys):
     """Disks lie. What the manifest does not vouch for is passed over aloud, and if nothing else is left, refused."""
     damage, said = DAMAGE[name]
     folder = interrupted("mle", 7)
-    older, newest = lastmile.checkpoints(folder)
+    older, newest = checkpoint_files.checkpoints(folder)
     damage(newest)
     before = contents(folder)
     assert train("mle", "--resume", newest) == 2
@@ -499,7 +503,7 @@ def test_killed_between_the_renames(train, whole, monkeypatch, renamed, capsys):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", renaming)
-    monkeypatch.setattr(lastmile, "clear", lambda *paths: None)
+    monkeypatch.setattr(folders, "clear", lambda *paths: None)
     assert train("mle", "--overwrite") == (130 if renamed < 2 else 0)
     monkeypatch.undo()
     assert train("mle") == 2 and "already there" in capsys.readouterr().err
@@ -583,7 +587,7 @@ def test_disk_full_to_the_end(train, whole, after, request, disk, capsys):
 def test_the_log_is_whole_before_a_checkpoint(train, whole, after, full_disk, monkeypatch):
     """A line that waits for space must not be missing for ever when the process is killed right after the save."""
     fill, free = full_disk
-    write = lastmile.write_checkpoint
+    write = run_module.write_checkpoint
 
     def killed(place, *content):
         write(place, *content)
@@ -591,7 +595,7 @@ def test_the_log_is_whole_before_a_checkpoint(train, whole, after, full_disk, mo
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lastmile, "write_checkpoint", killed)
+        patch.setattr(run_module, "write_checkpoint", killed)
         after({5: fill, 6: free})
         assert train("mle") == 130
     after({})
@@ -602,9 +606,9 @@ def test_the_log_is_whole_before_a_checkpoint(train, whole, after, full_disk, mo
 def test_disk_full_after_the_training(train, whole, full_disk, monkeypatch, stage, capsys):
     """The result itself does not fit: exit code 1, the place, and no training twice."""
     fill, free = full_disk
-    leave = lastmile.Run.__exit__
-    monkeypatch.setattr(lastmile.Run, "__exit__", lambda run, *error: leave(run, *error) or fill(run))
-    monkeypatch.setattr(lastmile.model, "save_file", save_nothing)
+    leave = run_module.Run.__exit__
+    monkeypatch.setattr(run_module.Run, "__exit__", lambda run, *error: leave(run, *error) or fill(run))
+    monkeypatch.setattr(llama_folder, "save_file", save_nothing)
     assert train(stage) == 1
     assert f"{stage}.partial" in (error := capsys.readouterr().err.splitlines()[-1]) and "No space left" in error
     monkeypatch.undo()
@@ -741,13 +745,13 @@ def test_a_signal_when_nobody_reads(train, after, monkeypatch):
 
 def test_no_library_swallows_a_signal():
     """`except Exception: pass` stands in many libraries; a signal that comes there must still end the process."""
-    assert not issubclass(lastmile.Stopped, Exception)
+    assert not issubclass(terminal.Stopped, Exception)
 
 
 def test_a_signal_after_the_last_step(train, whole, monkeypatch):
     """It finds nobody asking for it any more; it must not be forgotten, as the held-out report may take minutes."""
-    leave = lastmile.Run.__exit__
-    monkeypatch.setattr(lastmile.Run, "__exit__", lambda run, *error: terminate(run) or leave(run, *error))
+    leave = run_module.Run.__exit__
+    monkeypatch.setattr(run_module.Run, "__exit__", lambda run, *error: terminate(run) or leave(run, *error))
     assert train("reward") == 143
     monkeypatch.undo()
     assert train("reward", "--resume") == 0 and result(train.folder / "reward") == whole("reward")
@@ -770,15 +774,17 @@ def bad_loss(run, monkeypatch):
 
 
 def bad_gradient(run, monkeypatch):
-    run.update.groups[0][0].register_hook(lambda gradient: gradient * torch.nan)
+    run.optimizer.groups[0][0].register_hook(lambda gradient: gradient * torch.nan)
 
 
 def bad_reward(run, monkeypatch):
-    monkeypatch.setattr(lastmile.ppo, "judge", lambda llama, batch, level: torch.full(batch.mask.shape, torch.nan))
+    monkeypatch.setattr(
+        lastmile.ppo, "reward_scores", lambda llama, batch, level: torch.full(batch.mask.shape, torch.nan)
+    )
 
 
 def bad_weight(run, monkeypatch):
-    run.update.groups[0][1].data[0, 0] = torch.nan
+    run.optimizer.groups[0][1].data[0, 0] = torch.nan
 
 
 @pytest.mark.parametrize(
@@ -799,20 +805,20 @@ def test_not_finite(train, whole, after, monkeypatch, stage, fault, capsys):
     assert "step 8" in error and "bad_batch.json" in error and "step-00000006" in error
     bad = json.loads((folder / "bad_batch.json").read_text())
     assert bad == {"step": 8, "ids": [datum.id for datum in rows[-1]]}
-    for place in lastmile.checkpoints(folder):
-        assert all(tensor.isfinite().all() for tensor in lastmile.read_checkpoint(place)[0].values())
+    for place in checkpoint_files.checkpoints(folder):
+        assert all(tensor.isfinite().all() for tensor in checkpoint_files.read_checkpoint(place)[0].values())
     assert train(stage, "--resume") == 0
     assert result(train.folder / stage) == whole(stage)
 
 
 def test_exploding_gradients_are_clipped(train, after):
     """A million times too long is cut to --max-grad-norm; the log shows how long it was."""
-    longer = lambda run: run.update.groups[0][1].register_hook(lambda gradient: gradient * 1e6)  # noqa: E731
+    longer = lambda run: run.optimizer.groups[0][1].register_hook(lambda gradient: gradient * 1e6)  # noqa: E731
     after({1: longer, 2: terminate})
     assert train("mle") == 143
     before, exploded = (line["grad_norm"] for line in journal(train.folder / "mle.partial"))
     assert exploded > 1e4 * before
-    tensors, _ = lastmile.read_checkpoint(lastmile.checkpoints(train.folder / "mle.partial")[-1])
+    tensors, _ = checkpoint_files.read_checkpoint(checkpoint_files.checkpoints(train.folder / "mle.partial")[-1])
     moments = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.startswith("exp_avg.")])
     assert moments.norm() < 0.1 * 1.0 + 0.09 * 1.0  # AdamW's 1 - beta of each of two gradients, of norm 1 at most
 
@@ -863,7 +869,7 @@ def test_micro_batches_change_no_update(train, after, tmp_path, stage, size):
     for rows in (0, size):
         folder = tmp_path / str(rows)
         assert train(stage, "--micro-batch-size", rows, "--learning-rate", 1e-5, folder=folder) == 143
-        tensors, _ = lastmile.read_checkpoint(lastmile.checkpoints(folder / f"{stage}.partial")[-1])
+        tensors, _ = checkpoint_files.read_checkpoint(checkpoint_files.checkpoints(folder / f"{stage}.partial")[-1])
         found.append((tensors, journal(folder / f"{stage}.partial")))
     (tensors, log), (others, other_log) = found
     moments = [name for name in tensors if name.startswith("exp_avg.")]
@@ -886,7 +892,7 @@ def test_whiten_needs_the_whole_batch(train, capsys):
 
 def test_nobody_reads_on(material, whole, tmp_path):
     """`| head -1` closes the pipe after a line, and Ctrl-C ends `| tee`: the training goes on to its end."""
-    line = shlex.join([sys.executable, str(lastmile.ROOT / "lastmile.py"), *command(material, "mle", tmp_path / "run")])
+    line = shlex.join([sys.executable, str(folders.ROOT / "lastmile.py"), *command(material, "mle", tmp_path / "run")])
     done = subprocess.run(
         ["bash", "-c", f"{line} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

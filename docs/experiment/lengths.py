@@ -21,8 +21,14 @@ import torch  # noqa: E402
 import data  # noqa: E402
 import lastmile  # noqa: E402
 from eval import markdown  # noqa: E402
+from training import files as training_files  # noqa: E402
+from training import (
+    inputs,  # noqa: E402
+    results,  # noqa: E402
+)
+from training import settings as settings_module  # noqa: E402
 
-PENALTY = lastmile.Ppo.length_penalty
+PENALTY = settings_module.Ppo.length_penalty
 FORMATS = {"reward": ".3f", "reward of references": ".3f", "tokens": ".1f", "tokens of references": ".1f",
            "r / 2.5": ".2f", "quantile": ".0f", "beyond its reference": ".2f"}  # fmt: skip
 
@@ -30,7 +36,7 @@ FORMATS = {"reward": ".3f", "reward of references": ".3f", "tokens": ".1f", "tok
 def measure(judge, tokenizer, lines, key):
     """(mean reward of a token, lengths in tokens) of the texts under `key`, as responses to their sources."""
     prompts = tokenizer.prompts([line["source"] for line in lines])
-    texts = [ids[: lastmile.Ppo.max_new_tokens - 1] for ids in tokenizer.encode([line[key] for line in lines])]
+    texts = [ids[: settings_module.Ppo.max_new_tokens - 1] for ids in tokenizer.encode([line[key] for line in lines])]
     rows = [data.Datum("", "", "", p, [*ids, tokenizer.eos]) for p, ids in zip(prompts, texts, strict=True)]
     rewards = []
     for start in range(0, len(rows), 32):
@@ -41,13 +47,13 @@ def measure(judge, tokenizer, lines, key):
 
 def main():
     model, reward = run.folder_of("main") / "base", run.folder_of("seed 1") / "reward"
-    settings = lastmile.Ppo(model=str(model), reward=str(reward), device="cpu", dtype="float32")
-    llama, tokenizer = lastmile.open_base(settings)
+    settings = settings_module.Ppo(model=str(model), reward=str(reward), device="cpu", dtype="float32")
+    llama, tokenizer = inputs.open_base(settings)
     judge, _ = lastmile.open_judge(settings, llama)
     found, table, truth = {}, [["row", "column", *FORMATS]], None
     for row in [row for row in run.ROWS if not row.startswith("tune")]:
         for file in sorted((run.folder_of(row) / "eval").glob("*.jsonl")):
-            lines = lastmile.read_lines(file)
+            lines = results.read_lines(file)
             if truth is None:  # all rows have the same test split
                 truth, reference = measure(judge, tokenizer, lines, "reference")
             reward, length = measure(judge, tokenizer, lines, "prediction")
@@ -58,7 +64,7 @@ def main():
             found.setdefault(row, {})[file.stem] = numbers
             table.append([row, file.stem, *(format(numbers[name], how) for name, how in FORMATS.items())])
     print(markdown(table))
-    lastmile.write_json(run.ROOT / "docs/experiment/lengths.json", found)
+    training_files.write_json(run.ROOT / "docs/experiment/lengths.json", found)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import torch  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lastmile  # noqa: E402
 from eval import COLUMNS  # noqa: E402
+from training import files as training_files  # noqa: E402
+from training import results  # noqa: E402
 
 RUNS = Path("runs/experiment")
 SHAPE = ("--vocab-size 8000 --hidden-size 256 --intermediate-size 704 --num-hidden-layers 4 --num-attention-heads 4 "
@@ -111,7 +113,7 @@ METRICS = ("excess_length", "la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rou
 @functools.cache
 def by_example(row, column):
     """{metric: an array of one number for each test example}, from the row's predictions."""
-    found = lastmile.read_outputs(folder_of(row) / "eval")
+    found = results.read_outputs(folder_of(row) / "eval")
     return evaluation.metrics_by_example(found[column], found["reference"])
 
 
@@ -130,7 +132,7 @@ def results():
             one["heldout"] = json.loads(file.read_text())
         if (place / "eval").exists():
             names = "scores", "intervals", "facts"
-            one |= dict(zip(names, lastmile.read_scores(place / "eval")[0], strict=True))
+            one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
             elif (folder_of("seed 1") / "eval").exists() and "tune" not in row:
@@ -172,7 +174,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         found = results()
         print(*map(evaluation.markdown, tables(found)), sep="\n\n")
-        lastmile.write_json(ROOT / "docs/experiment/results.json", found)
+        training_files.write_json(ROOT / "docs/experiment/results.json", found)
     else:
         for row in sys.argv[1:] or ROWS:
             run(row)

@@ -19,6 +19,10 @@ os.chdir(Path(__file__).resolve().parents[2])
 sys.path.insert(0, os.getcwd())
 
 import lastmile  # noqa: E402
+from training import (
+    command_line,  # noqa: E402
+    inputs,  # noqa: E402
+)
 
 ALL = "--model runs/toy/base --train-examples 600"
 PPO, EVAL = "--epochs 2", "--adapters policy"
@@ -53,12 +57,12 @@ def run(row):
 def heldout(row):
     """The held-out report of a row's reward model, on negatives of every kind."""
     flags = ["reward", "--output-dir", str(folder_of(row)), "--config", str(folder_of(row) / "reward/config.json")]
-    settings = lastmile.parse(flags)[1]
+    settings = command_line.read(flags)[1]
     edits = "sequence" if settings.level == "sequence" else "span"  # where single tokens are not scored, no span is
     settings = replace(settings, hallucinations=edits, eval_examples=300)
-    llama, tokenizer = lastmile.open_base(settings)
+    llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", folder_of(row) / "reward", head=True)
-    positives = lastmile.prepare(settings, "validation", tokenizer, settings.eval_examples)
+    positives = inputs.load_rows(settings, "validation", tokenizer, settings.eval_examples)
     rows = lastmile.with_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
     return lastmile.reward_report(settings, llama, rows)
 

@@ -26,13 +26,15 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import lastmile  # noqa: E402
 import model  # noqa: E402
 import quant  # noqa: E402
 from eval import markdown  # noqa: E402
+from speed import cpu as cpu_speed  # noqa: E402
+from training import folders  # noqa: E402
+from training import settings as settings_module  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TARGETS = lastmile.Training.lora_targets.split(",")
+TARGETS = settings_module.Training.lora_targets.split(",")
 SIZES = {  # name: width, MLP width, blocks, heads; embeddings tied, as in llama2.c's models of stories
     "15M": (288, 768, 6, 6),
     "42M": (512, 1376, 8, 8),
@@ -92,7 +94,7 @@ def wall(run):
 def by_onednn(run):
     """run, its fp32 products done as lastmile.py has them done on a CPU; what takes turns with it has torch's own."""
     matmul = torch.backends.mkldnn.matmul
-    chosen = "bf16" if model.prefer_onednn() else "none"
+    chosen = "bf16" if cpu_speed.prefer_onednn() else "none"
     matmul.fp32_precision = "none"
 
     def switched():
@@ -204,7 +206,7 @@ def version(package):
 
 def facts():
     """Where and with what a benchmark ran. Call it at its start: it takes the load of the machine before."""
-    found = {"commit": lastmile.commit(), "cpu": cpu_name(), "cores": os.cpu_count()}
+    found = {"commit": folders.commit(), "cpu": cpu_name(), "cores": os.cpu_count()}
     found |= {"threads": torch.get_num_threads(), "torch cpu capability": torch.backends.cpu.get_cpu_capability()}
     found |= {"python": platform.python_version(), "load before": load()}
     if torch.cuda.is_available():

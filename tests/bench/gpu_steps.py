@@ -188,7 +188,7 @@ def peak_of(bench, run):
 
 def as_peers(llama, batch, s):
     """The PPO update as five passes with logits everywhere; a function. check: only logp and value, (B, T) each."""
-    update = common.lastmile.Updater(*map(llama.adapter_parameters, ("policy", "value")), max_grad_norm=1.0)
+    update = common.optimizer.Optimizer(*map(llama.adapter_parameters, ("policy", "value")), max_grad_norm=1.0)
 
     def logp_of(adapter):
         logits = llama.logits(llama(batch.tokens, adapter))[:, :-1]  # (B, T - 1, V)
@@ -200,7 +200,7 @@ def as_peers(llama, batch, s):
 
     def run(check=False):
         with torch.no_grad():
-            reference, _, score = logp_of(None), value_of(), ppo.judge(llama, batch)
+            reference, _, score = logp_of(None), value_of(), ppo.reward_scores(llama, batch)
         logp, value = logp_of("policy"), value_of()
         if check:
             return logp, value

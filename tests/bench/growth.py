@@ -78,7 +78,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="ends of each axis only, one lap: to see that it runs")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    common.model.prefer_onednn()
+    common.cpu_speed.prefer_onednn()
     found, curves = common.facts(), {stage: {} for stage in STAGES}
     table = [["7 rows, 250 tokens, rank 32, but", "mle, s", "mle, MB", "estimate", "ppo, s", "ppo, MB", "estimate"]]
     for axis, values in AXES.items():

@@ -1,7 +1,7 @@
 """Whether --dry-run's estimate of the memory is right, and what it says fits on which card.
 
 Measured: the peak memory of real steps of reward, mle and ppo at the paper's batch sizes, a 4-bit random Llama of 15M
-parameters, 200 + 50 tokens, on the CPU, against lastmile.plan's estimate of the same. Twice: with memory freed given
+parameters, 200 + 50 tokens, on the CPU, against dry_run.dry_run's estimate of the same. Twice: with memory freed given
 back at once, which is what the estimate means; and with glibc's allocator left alone.
 
 Then the same estimate for Llama-2's real shapes, 4-bit with groups of 128, on a GPU in bf16, 400 + 100 tokens.
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--fits-only", action="store_true", help="the second table alone: no step is run")
     fits_only = parser.parse_args().fits_only
     torch.set_num_threads(1)
-    common.model.prefer_onednn()
+    common.cpu_speed.prefer_onednn()
     found = common.facts()
     table, numbers = ([], {}) if fits_only else measured()
     second, estimates = fits()

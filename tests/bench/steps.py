@@ -11,10 +11,12 @@ import torch
 import data
 import lastmile
 import ppo
+from training import dry_run, optimizer
+from training import settings as settings_module
 
 ADAPTERS = {"mle": ["mle"], "reward": ["reward"], "ppo": ["policy", "value"]}  # that learn, and pass together
 HEADS = {"value": "zero", "reward": "normal"}
-SETTINGS = {"mle": lastmile.Mle, "reward": lastmile.Reward, "ppo": lastmile.Ppo}
+SETTINGS = {"mle": settings_module.Mle, "reward": settings_module.Reward, "ppo": settings_module.Ppo}
 
 
 def settings(stage, **changes):
@@ -26,7 +28,7 @@ def add_adapters(stage, llama, s):
     for name in ADAPTERS[stage]:
         common.add_adapter(llama, name, s.lora_r, HEADS.get(name))
     if stage == "ppo":
-        common.add_adapter(llama, "reward", lastmile.Reward.lora_r, "normal")
+        common.add_adapter(llama, "reward", settings_module.Reward.lora_r, "normal")
         for parameter in llama.adapter_parameters("reward"):
             parameter.requires_grad_(False)
 
@@ -34,16 +36,16 @@ def add_adapters(stage, llama, s):
 def step(stage, llama, batch, s):
     """A function that does one step on the batch and returns its numbers. llama: with the stage's adapters."""
     llama.recompute = s.grad_checkpoint
-    update = lastmile.Updater(*map(llama.adapter_parameters, ADAPTERS[stage]), max_grad_norm=s.max_grad_norm)
+    update = optimizer.Optimizer(*map(llama.adapter_parameters, ADAPTERS[stage]), max_grad_norm=s.max_grad_norm)
 
     def mle():
-        for part in data.parts(batch, s.micro_batch_size):
+        for part in batch.split(s.micro_batch_size):
             loss = ppo.mle_loss(ppo.policy_logp(llama, part, "mle"), part.mask)
             update.add(loss, data.share(part.mask, batch.mask))
         return update(s.learning_rate)  # the loss and the norm of its gradient
 
     def reward():
-        for part in data.parts(batch, s.micro_batch_size):
+        for part in batch.split(s.micro_batch_size):
             score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T)
             update.add(ppo.reward_loss(score, part), data.share(part.weight, batch.weight))
         return update(s.learning_rate)
@@ -87,7 +89,7 @@ def estimate(stage, s, rows, llama):
     add_adapters(stage, llama, s)
     llama.recompute = s.grad_checkpoint
     with contextlib.redirect_stdout(io.StringIO()):
-        memory = lastmile.plan(s, llama, rows, ADAPTERS[stage], ADAPTERS[stage])
+        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], ADAPTERS[stage])
     for _, layer in common.model.lora_layers(llama):
         for adapters in (layer.lora_A, layer.lora_B):
             adapters.clear()

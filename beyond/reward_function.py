@@ -1,0 +1,90 @@
+"""Any Python function as the reward: `ppo --reward rouge` or `--reward module:function`.
+
+    function(source, reference, prediction) -> a number, or a list with one number for each word of prediction.split()
+
+A number goes to the last token of the output, a list to the last token of each word. Length penalty, value network and
+PPO itself stay as they are: only the source of the reward changes.
+
+Dimensions: B batch, T time.
+"""
+
+import importlib
+import os
+import re
+import sys
+import traceback
+from numbers import Real
+from pathlib import Path
+
+import torch
+
+from formats.errors import UserError
+
+BUILT_IN = {"rouge": "eval:la_rouge1"}
+
+
+def is_function(name):
+    """Whether a value of --reward names a function, as in "module:function", and not an adapter folder."""
+    return re.fullmatch(r"[\w.]+:\w+", BUILT_IN.get(name, name)) is not None
+
+
+def load(name):
+    """(function, file) for a value of --reward; file: the Path of its module, or None.
+
+    The module is searched in the current folder first, then among the installed packages. The function's results are
+    checked at each call. Raises UserError where it cannot be imported, fails, or returns anything but finite numbers.
+    """
+    module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {name}: cannot import it: {type(error).__name__}: {error}") from error
+    file = getattr(sys.modules[module_name], "__file__", None)
+
+    def checked(source, reference, prediction):
+        where = f"--reward {name}, called with {source!r:.60}, {reference!r:.60}, {prediction!r:.60}"
+        try:
+            result = function(source, reference, prediction)
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
+        check(result, len(prediction.split()), where)
+        return result
+
+    return checked, Path(file) if file else None
+
+
+def check(result, words, where):
+    """Raise UserError unless a result is one finite number, or a list with one for each word."""
+    numbers = result if isinstance(result, list) else [result]
+    finite = [isinstance(x, Real) and abs(x) <= torch.finfo(torch.float32).max for x in numbers]
+    wrong_length = isinstance(result, list) and len(result) != words
+    if wrong_length or not all(finite):
+        raise UserError(f"{where}: {result!r:.60} is neither a finite number nor a list of {words}, one for each word")
+
+
+def token_scores(function, batch, decode):
+    """The function's reward of every response token: (B, T), 0 elsewhere. It replaces ppo.reward_scores."""
+    score = torch.zeros(batch.mask.shape)  # (B, T)
+    for b, row in enumerate(batch.rows):
+        result = function(row.source, row.target, decode(row.response))
+        if isinstance(result, list):
+            ends, numbers = word_ends(row.response, decode), result
+        else:
+            ends, numbers = [len(row.response) - 1], [result]
+        for end, number in zip(ends, numbers, strict=True):
+            score[b, len(row.prompt) + end] += float(number)  # one token can end two words
+    return score.to(batch.tokens.device)
+
+
+def word_ends(response, decode):
+    """For each word of the decoded response, the index of the token that completes it; found by decoding prefixes."""
+    words = decode(response).split()
+    ends = []
+    for i in range(len(response)):
+        found = decode(response[: i + 1]).split()
+        while len(ends) < len(found) and found[: len(ends) + 1] == words[: len(ends) + 1]:
+            ends.append(i)
+    missing = len(words) - len(ends)
+    return ends + [len(response) - 1] * missing

@@ -1,0 +1,288 @@
+"""Llama folders in Hugging Face's layout: config.json, safetensors in one file or in shards, strict about names."""
+
+import errno
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from formats.errors import UserError
+from formats.files import read_json
+from formats.gptq import read_quantize_config
+
+FAMILIES = {  # model_type: what transformers takes where a config.json of that family is silent
+    "llama": {"num_key_value_heads": None, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+}
+SIZES = dict.fromkeys(  # whole numbers and the most they may be, checked before anything is allocated
+    ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+     "max_position_embeddings"), 1 << 24) | {"num_hidden_layers": 1000}  # fmt: skip
+ROPE_SCALING = {"factor": float, "low_freq_factor": float, "high_freq_factor": float,
+                "original_max_position_embeddings": int}  # fmt: skip
+
+
+def read_config(folder):
+    """The fields of model.LlamaConfig, as a dict, of a model folder.
+
+    Raises FileNotFoundError or UserError naming file, field and remedy.
+    """
+    folder, file = Path(folder), Path(folder) / "config.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no such model folder; name one that contains config.json, *.safetensors and a tokenizer, or a "
+            f"model of the Hub: --model OWNER/NAME"
+        )
+    raw = read_json(file)
+    if raw.get("model_type") not in tuple(FAMILIES):
+        raise UserError(
+            f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads llama, and mistral without "
+            f"sliding window"
+        )
+    raw = FAMILIES[raw["model_type"]] | raw
+    if raw["sliding_window"] is not None:
+        raise UserError(
+            f"{file}: sliding_window {raw['sliding_window']} is not supported; take a version without, as Mistral is "
+            f"from v0.2 on"
+        )
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
+    check_positive(file, raw, (*SIZES, "rms_norm_eps", "rope_theta"))
+    try:
+        heads = int(raw["num_attention_heads"])
+        width = int(raw["hidden_size"])
+        theta, scaling = read_rope(file, raw)
+        config = {
+            "vocab_size": int(raw["vocab_size"]),
+            "hidden_size": width,
+            "intermediate_size": int(raw["intermediate_size"]),
+            "num_hidden_layers": int(raw["num_hidden_layers"]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(raw["num_key_value_heads"] or heads),
+            "head_dim": int(raw.get("head_dim") or width // heads),
+            "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": int(raw.get("max_position_embeddings", 2048)),
+            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+            "attention_bias": bool(raw.get("attention_bias", False)),
+            "mlp_bias": bool(raw.get("mlp_bias", False)),
+            "bos_token_id": raw.get("bos_token_id", 1),
+            "eos_token_id": read_eos(folder, raw),
+            "quantization": read_quantization(folder, raw),
+        }
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{file}: missing or malformed field: {error}; download the file again") from None
+    kv_heads = config["num_key_value_heads"]
+    head_dim = config["head_dim"]
+    if heads % kv_heads or head_dim % 2 or not head_dim:
+        raise UserError(
+            f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}, or head_dim "
+            f"{head_dim} is odd or 0; download the file again"
+        )
+    return config
+
+
+def check_positive(file, raw, names):
+    """Refuse sizes and factors that are not numbers above 0, or too large. Absent and null ones are fine."""
+    for name in names:
+        value = raw.get(name)
+        if value is None:
+            continue
+        most = SIZES.get(name, 1e12)
+        types = (int,) if name in SIZES else (int, float)
+        if type(value) not in types or not 0 < value <= most:
+            kind = "whole number" if name in SIZES else "number"
+            raise UserError(
+                f"{file}: {name} is {value!r:.40}, expected a {kind} above 0, at most {most}; download the file again"
+            )
+
+
+def read_rope(file, raw):
+    """(theta, {} or Llama 3's scaling), in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    check_positive(file, found, ("rope_theta", *ROPE_SCALING))
+    theta = found.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if raw.get("rope_theta", theta) != theta:
+        raise UserError(f"{file}: rope_theta {raw['rope_theta']}, but rope_parameters says {theta}; keep the true one")
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{file}: rope type {kind!r} is not supported; take a model with 'default' or 'llama3'")
+    scaling = ROPE_SCALING.items() if kind == "llama3" else ()
+    return float(theta), {name: number(found[name]) for name, number in scaling}
+
+
+def read_eos(folder, raw):
+    """All ids that end an output: those of config.json and those of generation_config.json."""
+    file = folder / "generation_config.json"
+    named = [raw.get("eos_token_id", 2)]
+    if file.is_file():
+        named.append(read_json(file).get("eos_token_id"))
+    eos = []
+    for ids in named:
+        if ids is not None:
+            eos += ids if isinstance(ids, list) else [ids]
+    if not eos or not all(type(token) is int and abs(token) < 1 << 31 for token in eos):
+        raise UserError(f"{folder}/config.json: eos_token_id {eos} is no token; set it to the id that ends an output")
+    return tuple(dict.fromkeys(eos))
+
+
+def read_quantization(folder, raw):
+    """{} for an unquantised model, else its settings; several files may hold them, and must then agree."""
+    names = ("quantize_config.json", "quant_config.json")
+    found = {folder / "config.json": raw.get("quantization_config") or {}}
+    found |= {folder / name: read_json(folder / name) for name in names if (folder / name).is_file()}
+    return read_quantize_config(found)
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
+
+
+def read_tensors(folder, weights=True):
+    """{name: tensor} of a folder's safetensors files; without weights, empty tensors on the meta device."""
+    files, weight_map = weight_files(folder)
+    tensors = {}
+    places = set()  # (name, file) as found
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    places.add((name, file.name))
+                    tensors[name] = opened.get_tensor(name) if weights else empty_tensor(opened.get_slice(name))
+        except (SafetensorError, OSError) as error:
+            problem = identify_file(file) or f"not a readable safetensors file ({error})"
+            raise UserError(f"{file}: {problem}; download it again") from None
+    if weight_map:
+        check_index(folder, weight_map, places)
+    return tensors
+
+
+def empty_tensor(header):
+    """A tensor of a header's shape and type on the meta device."""
+    dtype = DTYPES.get(header.get_dtype(), torch.bool)
+    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+
+
+def check_index(folder, weight_map, places):
+    """Refuse shards that contain other tensors than their index says."""
+    wrong = weight_map.items() ^ places
+    if wrong:
+        name = min(wrong)[0]
+        found = " and ".join(sorted(file for other, file in places if other == name))
+        raise UserError(
+            f"{folder}: tensor {name} should be in {weight_map.get(name, 'no file')} and is in {found or 'none'}; "
+            f"download the model again"
+        )
+
+
+def check_tensors(folder, found, expected):
+    """Raise UserError unless the tensors of a folder are exactly those that the model expects, {name: tensor} both."""
+    for name in sorted(set(expected) | set(found)):
+        problem = tensor_error(found.get(name), expected.get(name))
+        if problem:
+            raise UserError(f"{folder}: tensor {name} is {problem}; download the model again")
+
+
+def tensor_error(found, expected):
+    """How a tensor of a file differs from what the model needs, or ""."""
+    if found is None:
+        return "missing"
+    if expected is None:
+        return "not part of this model"
+    if found.shape != expected.shape:
+        return f"of shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    if expected.is_floating_point() and found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"of type {found.dtype}, expected floats"
+    if not expected.is_floating_point() and found.dtype != expected.dtype:
+        return f"of type {found.dtype}, expected {expected.dtype}"
+    return ""
+
+
+def weight_files(folder):
+    """([file, ...], {tensor: its file's name} or None): model.safetensors, or an index's shards, or a lone file."""
+    names = sorted(path.name for path in folder.iterdir())
+    ours = [name for name in names if not name.startswith(("consolidated", "adapter_"))]  # no parts of the model
+    files = [name for name in ours if name.endswith(".safetensors")]
+    indices = [name for name in ours if name.endswith(".safetensors.index.json")]
+    if "model.safetensors" in files:
+        return [folder / "model.safetensors"], None
+    if indices:
+        index = folder / indices[0]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: no weight_map; download it again")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):  # never a path
+                raise UserError(f"{index}: {shard!r:.80} is not the name of a safetensors file; download it again")
+            if shard not in files:
+                raise FileNotFoundError(f"{folder}: shard {shard} named in {index.name} is missing; download it")
+        return [folder / shard for shard in sorted(set(weight_map.values()))], weight_map
+    if len(files) == 1:
+        return [folder / files[0]], None
+    if files:
+        raise UserError(f"{folder}: {len(files)} safetensors files, no model.safetensors.index.json; download it, too")
+    remedy = "download the model's *.safetensors"
+    if any(name.endswith(".gguf") for name in names):
+        remedy = "GGUF is not read; take the model's safetensors version"
+    elif any(name.startswith("consolidated") for name in names):
+        remedy = "Meta's own files are laid out differently; take the Hugging Face version"
+    elif any(name.endswith(PICKLES) for name in names):
+        remedy = "pickles can run code and are never opened; write safetensors with save_pretrained of transformers"
+    raise FileNotFoundError(f"{folder}: no *.safetensors among {', '.join(names) or 'nothing'}; {remedy}")
+
+
+def identify_file(file):
+    """What a file is that should contain weights and does not, by its first bytes; "" where they do not tell."""
+    with open(file, "rb") as opened:
+        head = opened.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file it points to"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is an HTML page"
+    return "is a pickle, and never opened" if head.startswith((b"\x80", b"PK")) else ""
+
+
+COMPANIONS = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "template.txt",
+)  # fmt: skip
+
+
+def copy_companions(source, target):
+    """Copy the files beside the weights that turn text into tokens and end answers."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def write(folder, config, tensors, quantization=None):
+    """Write config.json and model.safetensors with Hugging Face's names. config: the fields of model.LlamaConfig."""
+    raw = dict(config)
+    del raw["quantization"]  # as read_config returns it; the file has its own spelling
+    scaling = config["rope_scaling"]
+    raw |= {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "eos_token_id": list(config["eos_token_id"]),
+        "rope_scaling": scaling | {"rope_type": "llama3"} if scaling else None,
+        "torch_dtype": str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch."),
+    }
+    if quantization:
+        raw["quantization_config"] = quantization
+    folder = Path(folder)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(errno.EIO, str(error), str(file)) from None

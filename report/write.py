@@ -1,0 +1,64 @@
+"""Read what a run's folder contains, finished or not, and write report.html beside it."""
+
+from pathlib import Path
+
+from report import page
+from report.examine import examine
+from training.files import clear, sync
+from training.folders import commit
+from training.inputs import subsample
+from training.results import read_lines, read_outputs, read_scores
+from training.terminal import say, visible
+
+
+def write(settings):
+    """One HTML file about everything in the run's folder. settings: training.settings.Report."""
+    run = Path(settings.output_dir)
+    sections = sections_of(settings, run)
+    if not sections:
+        command = f"python lastmile.py reward --data {settings.data} --output-dir {run}"
+        raise FileNotFoundError(f"{run}: no stage has run there yet; run: {command}")
+    if settings.dry_run:
+        return
+    facts = f"{run}, reported by lastmile {commit()}"
+    content = visible(page.page(Path(settings.data).stem, facts, sections))  # parts of it come from the data
+    file = run / "report.html"
+    hidden = run / ".report.html"
+    try:
+        hidden.write_text(content, encoding="utf-8")
+        sync(hidden)
+        hidden.rename(file)
+    finally:
+        clear(hidden)
+    say(f"The report is in {file.resolve()}; open it in a browser")
+
+
+def sections_of(settings, run):
+    """The sections that the run has contents for."""
+    sections = []
+    stages = logs_of(run)
+    if stages:
+        sections.append(page.curves(stages))
+    if (run / "eval").is_dir():
+        found, _ = read_scores(run / "eval")
+        columns = read_outputs(run / "eval")
+        texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
+        sections.append(page.tables(*found))
+        sections.append(page.lengths(texts))
+        if settings.examples:
+            rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)
+            sections.append(page.gallery(*examine(settings, columns, rows)))
+    return sections
+
+
+def logs_of(run):
+    """{stage: the lines of its metrics.jsonl}. A stage that still runs, or was stopped, shows what it has."""
+    stages = {}
+    for stage in page.STAGES:
+        for folder in (stage, f"{stage}.partial"):
+            file = run / folder / "metrics.jsonl"
+            lines = read_lines(file) if file.is_file() else []
+            if lines:
+                stages[stage] = lines
+                break
+    return stages

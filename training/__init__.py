@@ -1,0 +1,1 @@
+"""What keeps hours of training safe, and what every stage shares: settings, folders, checkpoints, runs, estimates."""

@@ -1,0 +1,100 @@
+"""Checkpoints, and the fingerprint that a resumed run must share with them.
+
+Data order, negatives and sampling are pure functions of (seed, stream, step). Weights, AdamW's moments and the step
+number are therefore all that a checkpoint contains, and a resumed run ends with the same bits as one never stopped.
+
+    <stage>.partial/checkpoints/step-00000100/state.safetensors   tensors
+                                              state.json          the step and the fingerprint
+                                              manifest.json       SHA-256 of both, and the version of this layout
+"""
+
+import hashlib
+import json
+import shutil
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from formats.errors import UserError
+from training.files import clear, digest, sync
+from training.settings import result_settings
+
+FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
+VERSION = 1  # of this layout
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+def checkpoints(folder):
+    """All checkpoints of a stage's folder, valid or not, the most recent last."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def write_checkpoint(place, tensors, facts):
+    """Write a checkpoint that is complete or absent: into a hidden folder, manifest last, then renamed."""
+    hidden = place.with_name(f".{place.name}")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {"state.safetensors": safetensors.torch.save(tensors), "state.json": json.dumps(facts).encode()}
+    manifest = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents["manifest.json"] = json.dumps(manifest | {"version": VERSION}).encode()
+    try:
+        place.parent.mkdir(exist_ok=True)
+        clear(*place.parent.glob(".step-*"))  # left by a run that was killed here
+        hidden.mkdir()
+        for name, content in contents.items():
+            (hidden / name).write_bytes(content)
+            sync(hidden / name)
+        sync(hidden)
+        shutil.rmtree(place, ignore_errors=True)  # the same step of a run that was resumed from an earlier one
+        hidden.rename(place)
+        sync(place.parent)
+    except OSError:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def read_checkpoint(place):
+    """(tensors, facts) of a checkpoint. Raises UserError with the reason where it is damaged or too new."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text())
+        if manifest["version"] > VERSION:
+            raise ValueError("it was written by a newer lastmile")
+        for name in FILES:
+            with open(place / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != manifest[name]:
+                    raise ValueError(f"{name} is damaged")
+        facts = json.loads((place / "state.json").read_text())
+        if type(facts["step"]) is not int or facts["step"] < 0:
+            raise ValueError(f"step {facts['step']!r:.80} is not a number of steps")
+        return safetensors.torch.load_file(place / "state.safetensors"), facts
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{place}: not a valid checkpoint: {error}") from None
+
+
+def fingerprint(stage, settings, rows, base=None, depends_on=None):
+    """What a checkpoint must share with the run that resumes from it: {name: hash or value}, causes first.
+
+    base: the model's folder, or None. depends_on: {name: hash or text} of everything else that changes the result.
+    """
+    found = {"stage": stage}
+    for name, value in result_settings(settings).items():
+        found[f"--{name.replace('_', '-')}"] = value
+    if base:
+        found["base model"] = model_hash(base)
+        found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
+    found |= depends_on or {}
+    texts = hashlib.sha256()
+    ids = hashlib.sha256()
+    for datum in rows:
+        texts.update(repr((datum.id, datum.source, datum.target)).encode())
+        ids.update(repr((datum.kind, datum.prompt, datum.response)).encode())
+    return found | {"data": texts.hexdigest(), "prompt template or negatives": ids.hexdigest()}
+
+
+def model_hash(folder):
+    """SHA-256 of a model folder's weights and config."""
+    return digest(*sorted(folder.glob("*.safetensors")), folder / "config.json")
+
+
+def adapter_hash(folder):
+    """SHA-256 of an adapter folder."""
+    return digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")

@@ -1,0 +1,101 @@
+"""What --dry-run prints instead of working: sizes, steps, and an estimate of the peak memory.
+
+The model comes without weights (meta device). The largest batch decides; what its forward pass keeps for the backward
+is counted by running it without weights (training/estimate.py). The estimate leaves out temporary memory of single
+operations and what the allocator wastes.
+"""
+
+import torch
+
+from training.estimate import kept_bytes
+from training.run import number_of_steps
+from training.terminal import say
+
+FP32 = 4  # bytes
+
+
+def dry_run(settings, llama, rows=(), trained=(), has_logits=True):
+    """Print the plan of a stage. Returns the estimate, {what: bytes}.
+
+    rows: list of Datum. trained: names of the adapters that learn and share one pass; ["base"] for pretraining.
+    has_logits: whether the loss needs logits (the reward model's does not).
+    """
+    learning = trained_parameters(llama, trained)
+    memory = base_memory(settings, llama, trained)
+    if learning:
+        memory |= training_memory(settings, llama, rows, trained, learning, has_logits)
+    elif rows and hasattr(settings, "batch_size"):
+        memory["keys and values"] = cache_bytes(settings, llama.config, rows)
+    show(settings, llama, rows, trained, learning, memory)
+    return memory
+
+
+def base_parameters(llama):
+    """The parameters of the base: neither adapters nor heads."""
+    return [p for name, p in llama.named_parameters() if "lora_" not in name and "score" not in name]
+
+
+def trained_parameters(llama, trained):
+    """All parameters that learn."""
+    learning = []
+    for name in trained:
+        learning += base_parameters(llama) if name == "base" else llama.adapter_parameters(name)
+    return learning
+
+
+def packed_sizes(llama):
+    """The number of weights of each 4-bit layer."""
+    return [layer.in_features * layer.out_features for layer in llama.modules() if hasattr(layer, "qweight")]
+
+
+def base_memory(settings, llama, trained):
+    """{what: bytes} of the model alone."""
+    itemsize = getattr(torch, settings.dtype).itemsize
+    packed = packed_sizes(llama)
+    memory = {"weights": sum(t.numel() * t.element_size() for t in (*llama.parameters(), *llama.buffers()))}
+    if packed and settings.device == "cuda":
+        memory["unpacked weights"] = itemsize * 2 * max(packed)  # one scratch; gate and up are unpacked side by side
+    elif packed:
+        memory["unpacked weights"] = itemsize * sum(packed)  # a CPU keeps them all
+    if settings.device == "cpu" and "base" not in trained:
+        memory["head by columns"] = itemsize * llama.config.vocab_size * llama.config.hidden_size
+    return memory
+
+
+def training_memory(settings, llama, rows, trained, learning, has_logits):
+    """{what: bytes} that training adds."""
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+    T = max(len(datum.prompt) + len(datum.response) for datum in rows)
+    adapters = () if trained == ["base"] else tuple((name, B) for name in trained)
+    passes = max(len(adapters), 1)  # policy and value are two rows of one pass
+    memory = {"gradients and AdamW": 3 * FP32 * sum(p.numel() for p in learning)}
+    memory["activations"] = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint)
+    if has_logits:  # logits, their log-softmax and their gradient, on response tokens only
+        longest = max(len(datum.response) for datum in rows)
+        memory["logits"] = 3 * FP32 * llama.config.vocab_size * B * longest
+    return memory
+
+
+def cache_bytes(settings, config, rows):
+    """Bytes of the keys and values of one sampling batch."""
+    S = max(len(datum.prompt) for datum in rows) + settings.max_new_tokens
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 2 * getattr(torch, settings.dtype).itemsize * settings.batch_size * S * width
+
+
+def show(settings, llama, rows, trained, learning, memory):
+    """Print sizes, steps and the estimate."""
+    name = "fresh weights" if "base" in trained else settings.model
+    parameters = sum(p.numel() for p in base_parameters(llama)) + sum(packed_sizes(llama))
+    say("\ndry run: no weights are read, nothing is trained")
+    say(f"  model    {name}: {parameters / 1e6:,.1f} M parameters")
+    if rows:
+        lengths = [len(datum.prompt) + len(datum.response) for datum in rows]
+        say(f"  data     {len(rows):,} rows, {sum(lengths) / 1e6:,.2f} M tokens, the longest {max(lengths)}")
+    if learning:
+        say(f"  trained  {', '.join(trained)}: {sum(p.numel() for p in learning):,} parameters")
+        say(f"  steps    {number_of_steps(settings, rows):,} of {settings.batch_size} rows")
+    parts = " + ".join(f"{what} {amount / 1e9:.2f}" for what, amount in memory.items())
+    say(f"  memory   {parts} = {sum(memory.values()) / 1e9:.2f} GB, an estimate")

@@ -1,0 +1,41 @@
+"""Small file operations that all of training shares."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+def clear(*paths):
+    """Remove files and folders, those that exist."""
+    for path in paths:
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path):
+    """Wait until a file's contents, or a rename in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_json(file, value):
+    """Write a value as indented JSON."""
+    Path(file).write_text(json.dumps(value, indent=2) + "\n")
+
+
+def digest(*paths, sample=1 << 26):
+    """SHA-256 of files. Of a file above 64 MiB: of its size and of 64 pieces of 1 MiB spread over it."""
+    found = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(sample // 64, size // 64)):
+                file.seek(start)
+                found.update(file.read(sample // 64))
+    return found.hexdigest()

@@ -1,0 +1,125 @@
+"""The folder of a stage: locked while the stage runs, visible under its final name only once the stage is finished.
+
+    runs/toy/mle.partial     while it runs, and after it was stopped
+    runs/toy/mle             finished
+    runs/toy/mle.replaced    for a moment, under --overwrite
+
+A finished stage is never overwritten without --overwrite, and a killed one leaves nothing that looks finished.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import tempfile
+import textwrap
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from formats.errors import UserError
+from training.checkpoint import checkpoints
+from training.files import clear, sync, write_json
+from training.terminal import say
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def stage_folder(settings, stage):
+    """The folder that a stage writes to. Under --dry-run a temporary one, deleted at the end."""
+    show_settings(settings, stage)
+    if settings.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    final = Path(settings.output_dir) / stage
+    partial = final.with_name(f"{stage}.partial")
+    replaced = final.with_name(f"{stage}.replaced")
+    new_run = not final.parent.exists()
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        try:
+            make_room(settings, final, partial, replaced)
+            yield partial
+            write_settings(settings, stage, partial)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+        except BaseException as error:
+            remove_if_empty(partial, new_run)
+            if isinstance(error, OSError) and error.errno and not error.filename:
+                error.filename = str(partial)  # an error in writing does not name the file
+            raise
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync(final.parent)
+        clear(replaced, final / "checkpoints")
+
+
+def show_settings(settings, stage):
+    """Print all settings of a stage."""
+    shown = " ".join(f"{name}={json.dumps(value)}" for name, value in asdict(settings).items())
+    say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def write_settings(settings, stage, folder):
+    """Write the settings beside the results. A model folder's config.json is Hugging Face's: there, settings.json."""
+    name = "settings.json" if stage in ("pretrain", "base", "merge") else "config.json"
+    write_json(folder / name, asdict(settings) | {"stage": stage, "commit": commit()})
+
+
+def make_room(settings, final, partial, replaced):
+    """Refuse to overwrite results without being asked to, and remove what a killed run left behind."""
+    if replaced.exists() and not final.exists():
+        replaced.rename(final)  # the run was killed between the two renames of stage_folder
+    clear(replaced, final / "checkpoints")
+    if final.exists() and not settings.overwrite:
+        raise FileExistsError(f"{final}: already exists; add --overwrite to replace it, or choose another --output-dir")
+    resume = getattr(settings, "resume", "")
+    saved = checkpoints(partial)
+    if saved and not resume and not settings.overwrite:
+        raise FileExistsError(
+            f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume to continue it, or --overwrite "
+            f"to start again"
+        )
+    if not resume:  # the checkpoints stay until the new run is sure to start, in Run.restore
+        clear(*(path for path in partial.iterdir() if path.name not in ("checkpoints", "metrics.jsonl")))
+
+
+def remove_if_empty(partial, new_run):
+    """Remove the folders of a run that failed before it wrote anything: bad input leaves nothing behind."""
+    with suppress(OSError):
+        partial.rmdir()
+        if new_run:
+            partial.parent.rmdir()
+
+
+@contextmanager
+def locked(folder):
+    """Hold a lock on a folder. The kernel releases it when the process ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another run is using it; wait for it to end, or choose another --output-dir"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def commit():
+    """The git commit of this checkout, with a + where files differ from it; "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty=+"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def require(folder, command):
+    """The folder of an earlier stage, or the error that names the command that makes it."""
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"{folder}: does not exist yet; run: python lastmile.py {command}")
+    return folder

@@ -1,0 +1,178 @@
+"""What a stage works on: the base with its tokenizer, the rows of a split, and the adapters of other stages."""
+
+from pathlib import Path
+
+import torch
+
+import data
+import model
+import ppo
+from beyond import reward_function
+from formats.errors import UserError
+from formats.files import read_json
+from formats.hub import HUB_ID, fetch
+from training.checkpoint import adapter_hash, model_hash
+from training.files import digest
+from training.folders import require
+from training.settings import Reward
+from training.terminal import say
+
+MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "template.txt"]
+MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
+
+
+def generator(settings, *stream, device="cpu"):
+    """The random numbers of one named stream, a pure function of --seed and the name."""
+    return torch.Generator(device).manual_seed(data.stream_seed(settings.seed, *stream))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The base
+
+
+def base_folder(settings):
+    """The local folder of --model: of this run, a path, or a model of the Hub, downloaded where it is not cached."""
+    path = Path(settings.model)
+    if path.parent == Path(settings.output_dir) and path.name in MAKERS:
+        return require(path, f"{MAKERS[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
+    hub = HUB_ID.fullmatch(settings.model)
+    if path.exists() or not hub:
+        return path
+    return fetch(hub[1], hub[2] or "main", MODEL_FILES, "model")
+
+
+def open_base(settings, dtype=None):
+    """(llama, tokenizer): the frozen base with its tokenizer. Under --dry-run without its weights."""
+    folder = base_folder(settings)
+    dtype = dtype or getattr(torch, settings.dtype)
+    llama = model.load(folder, settings.device, dtype, weights=not settings.dry_run)
+    tokenizer = data.load_tokenizer(folder, settings.template)
+    check_tokenizer(folder, tokenizer, llama.config)
+    llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
+    llama.recompute = getattr(settings, "grad_checkpoint", False)
+    llama.hash = "" if settings.dry_run else model_hash(folder)
+    return llama, tokenizer
+
+
+def check_tokenizer(folder, tokenizer, config):
+    """Refuse a tokenizer that has more ids than the model, or another EOS."""
+    size = max(tokenizer.vocab_size - 1, tokenizer.bos or 0, tokenizer.eos) + 1
+    other_eos = tokenizer.own_eos and tokenizer.eos not in config.eos_token_id
+    if size > config.vocab_size or other_eos:
+        raise UserError(
+            f"{folder}: the tokenizer ({size} pieces, EOS {tokenizer.eos}) does not match config.json "
+            f"({config.vocab_size}, EOS {config.eos_token_id}); download the model again"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows
+
+
+def load_rows(settings, split, tokenizer, examples=0, append_eos=True):
+    """One split as a list of Datum, length-filtered; where examples > 0, a random subset of that size."""
+    loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
+    kept, counts = data.encode(loaded, tokenizer, settings.max_input_tokens, settings.max_new_tokens, append_eos)
+    dropped = len(loaded) - len(kept)
+    duplicates = len(loaded) - len({(e.source, e.target) for e in loaded})
+    say(
+        f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
+        f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
+        f"{settings.max_new_tokens}{f'; {duplicates} duplicates' if duplicates else ''}"
+    )
+    return subsample(settings, split, kept, examples)
+
+
+def subsample(settings, split, rows, examples):
+    """A random subset of the rows, in their order; all of them where examples is 0."""
+    if not rows:
+        raise UserError(
+            f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
+        )
+    if not 0 < examples < len(rows):
+        return rows
+    say(f"{split}: a random subset of {examples}, seed {settings.seed}")
+    order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
+    return [rows[i] for i in sorted(order[:examples].tolist())]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+def column_names(flag, value):
+    """The names that a flag lists, each once, among base, mle and policy."""
+    names = value.split(",")
+    if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
+        raise UserError(f"{flag} {value}: choose among base, mle and policy")
+    return names
+
+
+def adapter_folder(settings, name):
+    """The folder of this run's mle or policy adapter, or the adapter folder that is named."""
+    run = Path(settings.output_dir)
+    stages = {"mle": ("mle", run / "mle"), "policy": ("ppo", run / "ppo" / "policy")}
+    if name in stages:
+        stage, folder = stages[name]
+        return require(folder, f"{stage} --data {settings.data} --output-dir {run}")
+    if not (Path(name) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{name}: no adapter; name mle, policy, or a folder with an adapter_config.json")
+    return Path(name)
+
+
+def load_column(settings, llama, name):
+    """Load the adapter of base, mle, policy or a folder. Returns the adapter argument of forward."""
+    if name == "base":
+        return None
+    adapter = name if name in ("mle", "policy") else "other"  # a module's name cannot be a path
+    llama.load_adapter(adapter, adapter_folder(settings, name))
+    return adapter
+
+
+def new_adapter(settings, llama, name, stream, head=None):
+    """A fresh adapter of the stage's rank and targets."""
+    targets = settings.lora_targets.split(",")
+    llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, generator(settings, stream), head)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reward
+
+
+def open_reward(settings, llama, tokenizer, trial=None):
+    """(score, depends_on) for --reward: score(batch) -> (B, T), the reward of every response token.
+
+    The reward model of a folder, at the level it was trained for, or a Python function. depends_on: {name: hash} of
+    what the scores depend on. The PPO loop and the report both score with this. trial: a Datum to call a function on at
+    once, with the true output and with none, so that it fails here and not after hours of training.
+    """
+    if reward_function.is_function(settings.reward):
+        function, file = reward_function.load(settings.reward)
+        if trial:
+            function(trial.source, trial.target, trial.target)
+            function(trial.source, trial.target, "")
+
+        def score(batch):
+            return reward_function.token_scores(function, batch, tokenizer.decode)
+
+        return score, {"reward function": f"{settings.reward} {digest(file) if file else ''}"}
+    folder = Path(settings.reward)
+    if not folder.exists():  # a dry run, before there is a reward model
+        new_adapter(Reward(seed=settings.seed), llama, "reward", "reward", head="normal")
+        return None, {}
+    level = reward_level(folder)
+    llama.load_adapter("reward", folder, head=True)
+
+    def score(batch):
+        return ppo.reward_scores(llama, batch, level)
+
+    return score, {"reward adapter": adapter_hash(folder), "reward level": level}
+
+
+def reward_level(folder):
+    """What the reward model of a folder scores: "token" or "sequence"."""
+    file = folder / "config.json"
+    level = read_json(file).get("level", "token") if file.is_file() else "token"
+    if level not in ("token", "sequence"):
+        raise UserError(f"{file}: level {level!r} is neither token nor sequence; correct the file")
+    return level

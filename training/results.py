@@ -1,0 +1,79 @@
+"""The files of an eval folder and of the logs: written by eval, read by tables, the report and docs/experiment.
+
+eval/base.jsonl, mle.jsonl, policy.jsonl    one prediction a line
+eval/scores.json, intervals.json            {column: {metric: mean, or 95 % interval}}
+eval/facts.json                             data, model, seed, commit, number of examples, BLEURT's checkpoint
+"""
+
+import json
+from pathlib import Path
+
+import eval as evaluation
+from formats.errors import UserError
+from formats.files import read_json
+from training.files import write_json
+
+KEYS = ("id", "source", "reference", "prediction")
+
+
+def write_predictions(file, rows, texts):
+    """One line for each example: id, prediction, reference, source."""
+    with open(file, "w", encoding="utf-8") as opened:
+        for datum, text in zip(rows, texts, strict=True):
+            line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}
+            opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def write_scores(folder, examples, facts, seed):
+    """Means and intervals of {column: {metric: array of one number an example}}, and the facts about them."""
+    scores = {}
+    intervals = {}
+    for column, metrics in examples.items():
+        scores[column] = {metric: float(values.mean()) for metric, values in metrics.items()}
+        intervals[column] = {metric: evaluation.interval(values, seed) for metric, values in metrics.items()}
+    write_json(folder / "scores.json", scores)
+    write_json(folder / "intervals.json", intervals)
+    write_json(folder / "facts.json", facts)
+
+
+def read_scores(folder):
+    """((scores, intervals, facts), tables as text) of an eval folder. Raises UserError where they are not eval's."""
+    found = [read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")]
+    try:
+        text = evaluation.tables(*found)
+        text.encode()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None
+    return found, text
+
+
+def read_lines(file, keys=()):
+    """The objects of a .jsonl file. A last line without its end is still being written, and is left out."""
+    rows = []
+    for i, line in enumerate(Path(file).read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise UserError(f"{file}: line {i} is not one that lastmile writes; run that stage again")
+        rows.append(row)
+    return rows
+
+
+def read_outputs(folder):
+    """{"id", "source", "reference", and each column: list of texts} of an eval folder."""
+    found = {}
+    for name in ("base", "mle", "policy"):
+        file = folder / f"{name}.jsonl"
+        if file.is_file():
+            found[name] = read_lines(file, KEYS)
+    rows = next(iter(found.values()), [])
+    ids = [row["id"] for row in rows]
+    if not rows or any([row["id"] for row in other] != ids for other in found.values()):
+        raise UserError(f"{folder}: not the predictions that eval writes; run eval again")
+    columns = {key: [row[key] for row in rows] for key in ("id", "source", "reference")}
+    predictions = {name: [row["prediction"] for row in rows] for name, rows in found.items()}
+    return columns | evaluation.with_cleaned(predictions)

@@ -1,0 +1,286 @@
+"""One training from its first step, or from a checkpoint, to its last: batches, log, checkpoints, ways to stop.
+
+    with Run(folder, "mle", settings, rows, optimizer, llama.folder, bar=["loss"]) as run:
+        for step, rate, batch in run.batches():
+            ...                                       one update
+            run.log(step, batch, loss=loss)
+
+A signal (Ctrl-C, SIGTERM) or --max-time ends the run after the step it is in: it saves a checkpoint and raises Stopped.
+"""
+
+import errno
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import tqdm
+
+import data
+from formats.errors import UserError
+from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write_checkpoint
+from training.files import clear, write_json
+from training.terminal import Stopped, say
+
+
+def number_of_steps(settings, rows):
+    """How many steps a run takes: all epochs, or --max-steps."""
+    return settings.max_steps or settings.epochs * math.ceil(len(rows) / settings.batch_size)
+
+
+def learning_rate(step, steps, peak, warmup_steps=0):
+    """Linear warm-up to the peak, times a cosine from 1 to 0 over all steps (paper, 3.1)."""
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Run:
+    """The state of one training; see the top of this file.
+
+    rows: list of Datum. base: the model's folder, or None. depends_on: {name: hash} of what else changes the result.
+    bar: names of the metrics that the progress bar shows.
+    """
+
+    def __init__(self, folder, stage, settings, rows, optimizer, base=None, depends_on=None, bar=()):
+        self.folder, self.stage, self.settings = folder, stage, settings
+        self.rows, self.optimizer = rows, optimizer
+        self.facts = fingerprint(stage, settings, rows, base, depends_on)
+        self.bar_columns = bar
+        self.batch_ids = []  # of the current batch
+        self.stop = 0  # the number of the signal that asks the run to stop
+        self.tokens = 0  # processed since the start
+        if settings.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.loggers = open_loggers(settings, stage)
+        self.first = self.restore()
+
+    # Resume
+
+    def restore(self):
+        """Load the checkpoint that --resume names. Returns the number of steps already done."""
+        if not self.settings.resume:
+            clear(self.folder / "checkpoints")
+            return 0
+        if self.settings.resume != "auto":
+            place = Path(self.settings.resume).resolve()
+            try:
+                tensors, facts = read_checkpoint(place)
+            except UserError as error:
+                raise UserError(f"{error}; name another checkpoint, or use --resume auto") from None
+            return self.continue_from(place, tensors, facts)
+        places = checkpoints(self.folder)
+        for place in reversed(places):
+            try:
+                tensors, facts = read_checkpoint(place)
+            except UserError as error:
+                say(f"lastmile.py: {error}; trying the one before", file=sys.stderr)
+                continue
+            return self.continue_from(place, tensors, facts)
+        if places:
+            raise UserError(
+                f"{self.folder / 'checkpoints'}: no valid checkpoint; restore one from a copy, or start again with "
+                f"--overwrite instead of --resume"
+            )
+        say(f"{self.stage}: no checkpoint to resume from; starts at step 0")
+        return 0
+
+    def continue_from(self, place, tensors, facts):
+        """Take over a checkpoint's state and log, if it belongs to this very run. Returns its number of steps."""
+        step = facts.pop("step")
+        if changed := changes(facts, self.facts):
+            raise UserError(
+                f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
+            )
+        try:
+            self.optimizer.restore(tensors)
+        except UserError as error:
+            raise UserError(f"{place}: {error}; name another checkpoint, or start again with --overwrite") from None
+        with suppress(shutil.SameFileError, FileNotFoundError):  # --resume PATH may name another run's checkpoint
+            shutil.copyfile(place.parents[1] / "metrics.jsonl", self.folder / "metrics.jsonl")
+        say(f"{self.stage}: resumes from {place}")
+        return step
+
+    # Start and end
+
+    def __enter__(self):
+        """Open the log and catch signals."""
+        log = self.folder / "metrics.jsonl"
+        self.file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.unwritten = b""
+        keep_first_lines(log, self.file, self.first)
+        clear(self.folder / "bad_batch.json")
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.started = time.monotonic()
+        self.bar = None
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.file)
+        if self.bar is not None:
+            self.bar.close()
+        for _, close in self.loggers:
+            with suppress(OSError):
+                close()
+        if kind is FloatingPointError:
+            self.explain(error)
+        if self.stop and kind is None:  # the signal came after the last step
+            raise Stopped(self.stop)
+
+    def explain(self, error):
+        """Write the ids of the batch whose loss was not finite, and add them to the error's message."""
+        file = self.folder / "bad_batch.json"
+        write_json(file, {"step": self.step, "ids": self.batch_ids})
+        last = [place.name for place in checkpoints(self.folder)[-1:]]
+        error.args = (f"step {self.step}: {error}; the batch's ids are in {file}; last checkpoint: {last or 'none'}",)
+
+    def on_signal(self, number, frame):
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = number
+        with suppress(OSError):  # Ctrl-C ends `| tee`, too
+            os.write(2, b"\nlastmile.py: finishing this step, then saving; press Ctrl-C again to quit now\n")
+
+    # Steps
+
+    def batches(self, warmup_steps=0):
+        """Yield (step, learning rate, Batch) of the steps that remain; save and stop between them when it is time."""
+        s = self.settings
+        lengths = [len(datum.prompt) + len(datum.response) for datum in self.rows]
+        steps = number_of_steps(s, self.rows)
+        order = itertools.islice(data.epochs(lengths, s.batch_size, s.seed), self.first, steps)
+        for step, index in enumerate(order, self.first):
+            batch = data.collate([self.rows[i] for i in index], s.device)
+            self.step = step
+            self.batch_ids = [row.id for row in batch.rows]
+            if self.bar is None:
+                self.bar = tqdm.tqdm(total=steps, initial=self.first, desc=self.stage, unit="step", dynamic_ncols=True)
+            yield step, learning_rate(step, steps, s.learning_rate, warmup_steps), batch
+            self.bar.update()
+            self.end_step(step + 1, steps)
+
+    def end_step(self, done, steps):
+        """Save when it is time; raise Stopped where a signal or --max-time asks for it."""
+        if 0 < self.settings.max_time * 60 < time.monotonic() - self.started:
+            self.stop = self.stop or signal.SIGTERM
+        must = done == steps or bool(self.stop)
+        if must or done % self.settings.save_every == 0:
+            self.save(done, must)
+        if self.stop:
+            raise Stopped(self.stop)
+
+    def save(self, done, must):
+        """Write a checkpoint and delete the oldest. A full disk is an error only if there is no next attempt (must)."""
+        place = self.folder / "checkpoints" / f"step-{done:08}"
+        try:
+            self.flush()
+            os.fsync(self.file)
+            write_checkpoint(place, self.optimizer.state(), self.facts | {"step": done})
+        except OSError as error:
+            if must:
+                raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
+            say(
+                f"\nlastmile.py: {place}: not saved ({error.strerror}); the run continues, older checkpoints remain",
+                file=sys.stderr,
+            )
+            return
+        saved = checkpoints(self.folder)
+        earlier = [old for old in saved if old <= place]  # later ones: damaged, or of a run that was taken back
+        recent = earlier[-self.settings.keep_checkpoints :]
+        clear(*(old for old in saved if old not in recent))
+
+    # Log
+
+    def log(self, step, batch, **numbers):
+        """Write a line of metrics.jsonl, and every --log-every steps the progress bar."""
+        tokens = (batch.prompt_len.sum() + batch.mask.sum()).item()  # without padding
+        self.tokens += tokens
+        numbers["padding"] = round(1 - tokens / batch.tokens.numel(), 4)
+        self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
+        with suppress(OSError):  # a full disk: the lines wait for the next call, and `save` reports it
+            self.flush()
+            for write, _ in self.loggers:
+                write(step, {name: float(x) for name, x in numbers.items() if x is not None})
+        if step % self.settings.log_every == 0:
+            self.show(numbers)
+
+    def flush(self):
+        """Write the lines that are still waiting."""
+        while self.unwritten:
+            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
+
+    def show(self, numbers):
+        """Update the progress bar."""
+        shown = {name: f"{numbers[name]:.3g}" for name in self.bar_columns if numbers[name] is not None}
+        shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.started):.0f}"
+        if self.settings.device == "cuda":
+            shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+        self.bar.set_postfix(shown)
+
+
+def changes(then, now):
+    """What differs between the fingerprints of a checkpoint and of this run, in words, causes first."""
+    changed = []
+    for name in now | then:
+        before, after = then.get(name), now.get(name)
+        if before != after:
+            changed.append(f"{name} ({before} then, {after} now)" if name.startswith("--") else name)
+    return changed
+
+
+def keep_first_lines(path, handle, n):
+    """Cut an open file to its first n lines: a killed run may have logged more steps than it saved, or half a line."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    os.ftruncate(handle, sum(len(line) for line in lines[:n]))
+
+
+def open_loggers(settings, stage):
+    """[(write(step, numbers), close), …] for the services that --report-to names."""
+    loggers = []
+    if "tensorboard" in settings.report_to:
+        loggers.append(open_tensorboard(settings, stage))
+    if "wandb" in settings.report_to:
+        loggers.append(open_wandb(settings, stage))
+    return loggers
+
+
+def open_tensorboard(settings, stage):
+    """Event files in <output-dir>/tensorboard/<stage>."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(settings.output_dir) / "tensorboard" / stage
+    if not settings.resume:
+        clear(folder)
+    writer = SummaryWriter(folder)
+
+    def write(step, numbers):
+        for name, x in numbers.items():
+            writer.add_scalar(name, x, step)
+
+    return write, writer.close
+
+
+def open_wandb(settings, stage):
+    """A run of the project "lastmile"."""
+    import wandb
+
+    folder = Path(settings.output_dir)
+    try:
+        run = wandb.init(project="lastmile", name=f"{folder.name} {stage}", dir=folder, config=asdict(settings))
+    except wandb.Error as error:
+        raise UserError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
+
+    def write(step, numbers):
+        run.log(numbers, step=step)
+
+    return write, run.finish

@@ -1,0 +1,248 @@
+"""Settings: one dataclass a command, each field with its default, its help and the range of its values.
+
+The defaults are the paper's (P, with its section) or ours (choice, with the reason). A class's docstring is the
+command's line in --help. Nothing here imports torch: `--help` answers at once.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+
+LLAMA2 = "TheBloke/Llama-2-7B-Chat-GPTQ"  # the paper's base model (4.1), on the Hugging Face Hub
+
+
+def opt(default, help, toy=None, least=None, above=None, most=None, choices=None, result=True):
+    """A field with its help, its default for the toy data (None: the same), and the range of its values.
+
+    result: whether it can change a result. The others may differ when an interrupted run is resumed.
+    """
+    metadata = {
+        "help": help, "toy": toy, "least": least, "above": above, "most": most, "choices": choices, "result": result,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+def result_settings(settings):
+    """{name: value} of the settings that can change a result. Paths are not among them: what they contain is hashed."""
+    values = asdict(settings)
+    return {f.name: values[f.name] for f in fields(settings) if f.metadata["result"]}
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command needs."""
+
+    config: str = opt(
+        "", "TOML file of settings, or a stage's config.json; flags on the command line win", result=False
+    )
+    data: str = opt(
+        "toy",
+        "toy, samsum, xsum, dialogsum, cnn_dailymail, a folder with train, validation and test "
+        "files, or one file: .csv, .jsonl, .json or .parquet",
+        result=False,
+    )
+    model: str = opt(
+        "",
+        f"base model: a folder, or OWNER/NAME[@REVISION] of the Hub [<output-dir>/base if there is one, else {LLAMA2}]",
+        result=False,
+    )
+    template: str = opt(
+        "",
+        "prompt: llama2, llama3, chatml, plain, or a text file with {source} in it "
+        "[the model's template.txt, else chosen by its control tokens]",
+        result=False,
+    )
+    output_dir: str = opt("", "the run's folder; each stage writes a subfolder [runs/<data>]", result=False)
+    input_column: str = opt("", "input column of --data [found by name]", result=False)
+    target_column: str = opt("", "target column of --data [found by name]", result=False)
+    max_input_tokens: int = opt(400, "drop longer inputs; counts BOS, template and text (P 4.2)", least=1)
+    max_new_tokens: int = opt(100, "cap on output tokens, EOS counted (P 4.2)", least=1)
+    seed: int = opt(1337, "seed of data order, negatives, adapters and sampling", least=0)
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    dtype: str = opt(
+        "auto",
+        "dtype of the base's activations; auto: bfloat16 on a GPU, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    overwrite: bool = opt(False, "replace the stage's folder if it already exists", result=False)
+    dry_run: bool = opt(
+        False, "print sizes, steps and memory without training; of the weights only the headers are read", result=False
+    )
+
+
+@dataclass(frozen=True)
+class Schedule(Common):
+    """What every training needs."""
+
+    batch_size: int = opt(7, "rows a step (P 3.1)", least=1)
+    learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=3e-3, above=0)
+    epochs: int = opt(1, "passes over the data (P 3.1)", least=1)
+    max_steps: int = opt(0, "stop after this many steps instead of after --epochs; 0: no limit", least=0)
+    train_examples: int = opt(0, "random subset of the training examples; 0: all, of xsum 15,000 (P 4.2)", least=0)
+    max_grad_norm: float = opt(
+        1.0, "clip the gradient norm of each adapter to this (choice: Hugging Face's default)", above=0
+    )
+    log_every: int = opt(
+        10, "steps between updates of the progress bar (and, in ppo, of the KL to the base)", least=1, result=False
+    )
+    grad_checkpoint: bool = opt(
+        False, "recompute activations in the backward pass: the same gradients, less memory", result=False
+    )
+    micro_batch_size: int = opt(
+        0, "rows in one forward pass, to save memory; the update is the same; 0: all", least=0, result=False
+    )
+    resume: str = opt(
+        "", "continue from the latest valid checkpoint (auto, or no value), or from a checkpoint's folder", result=False
+    )
+    save_every: int = opt(100, "steps between checkpoints", least=1, result=False)
+    keep_checkpoints: int = opt(2, "recent checkpoints to keep", least=2, result=False)
+    max_time: float = opt(0.0, "save and stop after this many minutes, as on SIGTERM; 0: never", least=0, result=False)
+    report_to: str = opt("", "log to tensorboard, wandb, or both (tensorboard,wandb) [neither]", result=False)
+    deterministic: bool = opt(False, "the same bits in every run on a GPU, slower; a CPU needs no flag")
+
+
+@dataclass(frozen=True)
+class Pretrain(Schedule):
+    """a tiny Llama from scratch on --data, tokenizer included"""
+
+    vocab_size: int = opt(1024, "pieces of the tokenizer, 256 of them bytes", least=300)
+    hidden_size: int = opt(128, "width C", least=8)
+    intermediate_size: int = opt(352, "width of the MLP, 8/3 C rounded to 32", least=8)
+    num_hidden_layers: int = opt(4, "blocks", least=1)
+    num_attention_heads: int = opt(4, "query heads", least=1)
+    num_key_value_heads: int = opt(4, "key and value heads", least=1)
+    batch_size: int = opt(8, "rows a step (choice: small, a tiny model wants steps)", least=1)
+    learning_rate: float = opt(3e-3, "peak, cosine to 0 (choice)", above=0)
+    warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
+    chatter: bool = opt(
+        True,
+        "data other than the toy: learn a chat model's opening and the input's first words in "
+        "place of the outputs, which the base must not have seen; off: learn the outputs",
+    )
+
+
+@dataclass(frozen=True)
+class Quantize(Common):
+    """any fp16 or fp32 Llama folder to 4 bits by GPTQ"""
+
+    group_size: int = opt(128, "weights that share a scale; -1: a whole column", toy=32, least=-1)
+    act_order: bool = opt(False, "quantise columns of large activation first: more exact, slower to unpack")
+    damp: float = opt(0.01, "share of the mean Hessian diagonal added to it", above=0)
+    calibration_examples: int = opt(128, "training inputs that calibrate", least=1)
+
+
+@dataclass(frozen=True)
+class Training(Schedule):
+    """What every adapter needs."""
+
+    lora_r: int = opt(32, "rank (P 3.1)", least=1)
+    lora_alpha: float = opt(16.0, "the low-rank term is scaled by alpha / r (P 3.1)", above=0)
+    lora_targets: str = opt(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "projections that carry adapters (choice: all seven)"
+    )
+
+
+@dataclass(frozen=True)
+class Reward(Training):
+    """the token-level reward model (paper, 3.2)"""
+
+    batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
+    epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
+    lora_r: int = opt(16, "rank (P 3.1)", least=1)
+    eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
+    level: str = opt(
+        "token",
+        "what is scored: each token (P 3.2), or the sequence, by its last token (beyond P)",
+        choices=("token", "sequence"),
+    )
+    hallucinations: str = opt(
+        "off",
+        "more negatives: the truth with one edit, bad on the edit's span or on the whole sequence (beyond P)",
+        choices=("off", "span", "sequence"),
+    )
+    samples: str = opt(
+        "", "more negatives: samples of these for the same inputs, among base, mle and policy (beyond P)"
+    )
+    rounds: int = opt(1, "make the negatives that often, each time others, and learn from all (beyond P)", least=1)
+
+
+@dataclass(frozen=True)
+class Mle(Training):
+    """the maximum-likelihood control (paper, 3.4)"""
+
+    eos_in_labels: bool = opt(True, "learn to stop; off reproduces an MLE control that never does (choice: on)")
+
+
+@dataclass(frozen=True)
+class Ppo(Training):
+    """policy and value by PPO (paper, 3.3)"""
+
+    gamma: float = opt(0.99999, "discount (P 3.3)", above=0, most=1)
+    lam: float = opt(0.95, "GAE's lambda (P 3.3)", least=0, most=1)
+    clip_range: float = opt(0.2, "epsilon of eq. 3; inert at one update a batch (choice: Schulman's)", above=0)
+    ppo_epochs: int = opt(1, "updates a batch (P 3.3)", least=1)
+    length_penalty: float = opt(2.5, "for each token beyond the reference length (P 3.2)", least=0)
+    ground_truth_fraction: float = opt(0.5, "share of batches that show the ground truth (P 3.3)", least=0, most=1)
+    reward: str = opt(
+        "",
+        "reward adapter folder; or rouge, or module:function, any function of (source, reference, "
+        "prediction) (beyond P) [<output-dir>/reward]",
+        result=False,
+    )
+    init: str = opt("base", "where the policy starts (P 3.1: base): base, mle, or an adapter folder", result=False)
+    kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
+    entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
+    whiten: bool = opt(False, "advantages to mean 0, variance 1 a batch (choice: off, the paper names none)")
+    value_clip: float = opt(0.0, "clip the value's change to this; 0: do not (choice: off)", least=0)
+    reward_clamp: float = opt(0.0, "clamp the reward model's score to +- this; 0: do not (choice: off)", least=0)
+
+
+@dataclass(frozen=True)
+class Eval(Common):
+    """predictions and scores of base, mle and policy"""
+
+    adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
+    batch_size: int = opt(32, "rows a sampling batch", least=1)
+    test_examples: int = opt(0, "test examples drawn by seed; 0: all, of xsum 3,000 (P 4.2)", least=0)
+    bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to fetch, or none", toy="none")
+
+
+@dataclass(frozen=True)
+class Tables(Common):
+    """the paper's Tables 1 and 2, ours beside the paper's"""
+
+
+@dataclass(frozen=True)
+class Report(Common):
+    """one HTML page: curves, tables, lengths, outputs token by token"""
+
+    examples: int = opt(6, "test inputs shown token by token, drawn by seed; 0: none, and no model is read", least=0)
+
+
+@dataclass(frozen=True)
+class Sample(Common):
+    """the summary of a text, given as an argument or on standard input"""
+
+    adapter: str = opt("policy", "who answers: base, mle, policy, or an adapter folder")
+    temperature: float = opt(0.0, "0: greedy", least=0)
+    top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
+    top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
+
+
+@dataclass(frozen=True)
+class Merge(Common):
+    """base and adapter as one fp16 model folder"""
+
+    adapter: str = opt("policy", "what to fold into the base: mle, policy, or an adapter folder")
+
+
+COMMANDS = {
+    "pretrain": Pretrain,
+    "quantize": Quantize,
+    "reward": Reward,
+    "mle": Mle,
+    "ppo": Ppo,
+    "eval": Eval,
+    "tables": Tables,
+    "report": Report,
+    "merge": Merge,
+    "sample": Sample,
+}

@@ -1,0 +1,62 @@
+"""What the user sees: messages, warnings, progress bars; and the signal that ends a run."""
+
+import os
+import re
+import sys
+from contextlib import suppress
+from functools import partial
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class Stopped(BaseException):  # like KeyboardInterrupt: no library's `except Exception` may swallow it
+    """A signal or --max-time ended the run; `signal` is its number."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = number
+
+
+class Stream:
+    """Standard output or error. The work continues where nobody reads it (any more), or its disk is full."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def flush(self):
+        pass
+
+
+def escape(found):
+    """A control character, written out."""
+    return found[0].encode("unicode_escape").decode()
+
+
+def visible(text):
+    """Text of unknown origin with its control characters written out: they could command, or reorder, a terminal."""
+    return CONTROL.sub(escape, str(text))
+
+
+def say(text, file=None):
+    """Print a text that may contain data of unknown origin."""
+    print(visible(text), file=file)
+
+
+def warn(text):
+    """Print a warning to standard error."""
+    say(f"lastmile.py: warning: {text}", file=sys.stderr)
+
+
+def progress(title, unit="batch"):
+    """A progress bar around any iterable: progress("eval mle")(range(10))."""
+    import tqdm
+
+    return partial(tqdm.tqdm, desc=title, unit=unit, dynamic_ncols=True)
