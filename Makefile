@@ -2,10 +2,11 @@
 #
 #   make demo                                   the whole paper in miniature, on the embedded toy
 #   make ppo DATA=samsum FLAGS="--log-every 50"  of the paper's model, fetched from the Hub
-#   make ppo DATA=samsum FLAGS=--resume          goes on with a run that was stopped
+#   make ppo DATA=samsum FLAGS=--resume          continues a run that was stopped
 #
-# A stage is built when its folder is not there yet; remove the folder to build it again. FLAGS go to the stages named
-# on the command line, not to those that are built on the way.
+# A stage is built when its result does not exist; remove its folder to build it again. File times do not matter (the
+# prerequisites after | are order-only): a run that was copied or unpacked is not rebuilt. FLAGS go to the stages named on
+# the command line, not to those that are built on the way.
 
 DATA  ?= toy
 OUT   ?= runs/$(basename $(notdir $(DATA)))
@@ -61,26 +62,26 @@ tables:   ## the paper's two tables, ours beside the paper's
 tables: $(OUT)/eval/scores.json
 	@$(RUN) tables --data $(DATA) --output-dir $(OUT)
 
-report:   ## one HTML page of all that: curves, tables, lengths, outputs token by token
+report:   ## one HTML page of the run: curves, tables, lengths, outputs token by token
 report: tables
 	@$(RUN) report $(call HOW,report)
 
 $(OUT)/pretrain/model.safetensors: | .venv/run
 	$(RUN) pretrain --data $(DATA) --output-dir $(OUT) $(call flags,base)
 
-$(OUT)/base/model.safetensors: $(OUT)/pretrain/model.safetensors | .venv/run
+$(OUT)/base/model.safetensors: | $(OUT)/pretrain/model.safetensors .venv/run
 	$(RUN) quantize --data $(DATA) --output-dir $(OUT)
 
-$(OUT)/reward/adapter_model.safetensors: $(BASE) | .venv/run
+$(OUT)/reward/adapter_model.safetensors: | $(BASE) .venv/run
 	$(RUN) reward $(call HOW,reward)
 
-$(OUT)/mle/adapter_model.safetensors: $(BASE) | .venv/run
+$(OUT)/mle/adapter_model.safetensors: | $(BASE) .venv/run
 	$(RUN) mle $(call HOW,mle)
 
-$(OUT)/ppo/policy/adapter_model.safetensors: $(BASE) $(OUT)/reward/adapter_model.safetensors | .venv/run
+$(OUT)/ppo/policy/adapter_model.safetensors: | $(BASE) $(OUT)/reward/adapter_model.safetensors .venv/run
 	$(RUN) ppo $(call HOW,ppo)
 
-$(OUT)/eval/scores.json: $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/adapter_model.safetensors | .venv/run
+$(OUT)/eval/scores.json: | $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/adapter_model.safetensors .venv/run
 	$(RUN) eval $(call HOW,eval)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ faults: .venv/dev
 	$(PY) tests/faults.py
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Measurements: tests/bench/results/*.md and .json. Leave the machine alone meanwhile
+# Measurements: tests/bench/results/*.md and .json. Run nothing else on the machine meanwhile
 
 bench:    ## beside transformers, PEFT and TRL on one CPU thread; growth; memory: 40 minutes, 3 GB of packages
 bench: .venv-bench/ready
@@ -115,7 +116,7 @@ bench: .venv-bench/ready
 	.venv-bench/bin/python tests/bench/memory.py
 
 beyond:   ## each capability beyond the paper on the toy, one at a time: docs/beyond.md; 35 minutes
-beyond: runs/toy/base/model.safetensors
+beyond: | runs/toy/base/model.safetensors
 	$(PY) tests/bench/beyond.py
 
 bench-gpu:  ## kernels, sampling and PPO at Llama-2-7B's shapes on a GPU, weights random: under 9 minutes
@@ -142,8 +143,9 @@ setup: .venv/dev
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check setuptools '.[bench]'
 	touch $@
 
-loc:      ## lines of the engine
-	@wc -l data.py quant.py lora.py model.py ppo.py eval.py report.py lastmile.py
+loc:      ## lines of the ground floor, and of each wing
+	@wc -l lastmile.py data.py model.py lora.py quant.py ppo.py eval.py
+	@for wing in formats training beyond speed report toy; do echo "$$(cat $$wing/*.* | wc -l) $$wing/"; done
 
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -12,12 +12,14 @@ that is why the paper's three la- rows nearly coincide.
 ROUGE: Lin 2004, the rouge-score package, no stemmer. BLEURT: Pu et al. 2021, the bleurt-pytorch package.
 """
 
+import itertools
+
 import numpy as np
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")
 PARTS = ("F1", "precision", "recall")
-ROWS = ("bleurt", *(f"{la}{rouge}-{part}" for la in ("la-", "") for rouge in ROUGES for part in PARTS))
+ROWS = ["bleurt"] + [f"{la}{rouge}-{part}" for la, rouge, part in itertools.product(("la-", ""), ROUGES, PARTS)]
 
 # The paper's Tables 1 and 2: SAMSum, then XSum, each with its columns as in COLUMNS.
 PAPER = """

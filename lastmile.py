@@ -27,7 +27,7 @@ import sys
 from training import command_line
 
 if __name__ == "__main__":
-    command_line.parse(sys.argv[1:], __doc__)  # --help and mistyped flags are answered here, before torch is imported
+    command_line.check_early(sys.argv[1:], __doc__)  # answers --help and wrong flags before torch is imported
 
 # torch reads this at its first allocation. Large CPU blocks then come in pages of 2 MB: clearing them in pages of 4 KB
 # took up to a third of a step.

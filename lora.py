@@ -63,43 +63,50 @@ class LoRALinear(nn.Module):
         return weight + self.scaling[name] * (self.lora_B[name] @ self.lora_A[name]).to(weight)
 
     def forward(self, x, adapter=None):  # (B, T, K) -> (B, T, N)
-        return self.adapt(x, self.base(x), adapter)
+        return self.adapt(self.base(x), x, adapter)
 
-    def adapt(self, x, y, adapter):
-        """What the base makes of x, y, under an adapter."""
+    def adapt(self, y, x, adapter):
+        """The base's output y (B, T, N) for x (B, T, K), plus the terms of an adapter argument (see above)."""
         if adapter is None or not self.lora_A:
             return y
         if isinstance(adapter, str):
             return self.plus(y, x, adapter)
+        names = [name for name, _ in adapter]
         rows = [n for _, n in adapter]
-        parts = zip(adapter, x.split(rows), y.split(rows), strict=True)
-        return torch.cat([self.plus(y, x, name) for (name, _), x, y in parts])
+        parts = zip(y.split(rows), x.split(rows), names, strict=True)
+        return torch.cat([self.plus(y, x, name) for y, x, name in parts])  # (B, T, N)
 
 
 def project(layers, x, adapter=None):
-    """[layer(x, adapter) for layer in layers]; bases that know how do their products together."""
+    """[layer(x, adapter) for layer in layers]; 4-bit bases do their products together, see quant.Joined."""
     bases = [layer.base for layer in layers]
-    packed = all(hasattr(base, "together") for base in bases)
-    ys = bases[0].together(bases, x) if packed else [base(x) for base in bases]
-    return [layer.adapt(x, y, adapter) for layer, y in zip(layers, ys, strict=True)]
+    if all(hasattr(base, "together") for base in bases):
+        ys = bases[0].together(bases, x)
+    else:
+        ys = [base(x) for base in bases]
+    return [layer.adapt(y, x, adapter) for layer, y in zip(layers, ys, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Adapters over a whole model: `module` is any tree that holds LoRALinear
+# Adapters over a whole model: `module` is any module that contains LoRALinear layers
 
 
 def add_adapter(module, name, r, alpha, targets, generator):
     """Add adapter `name` to every LoRALinear whose path is, or ends in, one of targets, for example ["q_proj"]."""
-    hits = {target: [layer for path, layer in lora_layers(module) if f".{path}".endswith(f".{target}")]
-            for target in targets}  # fmt: skip
-    missing = sorted(target for target, layers in hits.items() if not layers)
-    if missing or not targets:
-        raise UserError(f"LoRA targets: {','.join(missing) or 'none'}: no such projection in this model")
-    for layer in dict.fromkeys(itertools.chain(*hits.values())):  # once each, though two targets may name it
+    found = {}  # path -> layer, once each, though two targets may name it
+    for target in targets:
+        hits = {path: layer for path, layer in lora_layers(module) if f".{path}".endswith(f".{target}")}
+        if not hits:
+            raise UserError(f"LoRA targets: {target or 'none'}: no such projection in this model")
+        found |= hits
+    if not found:
+        raise UserError("LoRA targets: none: no such projection in this model")
+    for layer in found.values():
         layer.add(name, r, alpha, generator)
 
 
 def lora_layers(module):
+    """[(path, layer)] of all LoRALinear in a module."""
     return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, LoRALinear)]
 
 

@@ -299,7 +299,7 @@ class QuantMatmul(torch.autograd.Function):
 def product(x, layer):
     """x (…, K) times the weight of a QuantLinear or Joined: (…, N)."""
     rows = x.flatten(0, -2)  # (M, K)
-    if layer.dense is None and layer.packed() and len(rows) <= KERNEL_ROWS:
+    if layer.dense is None and layer.tiles_on_gpu() and len(rows) <= KERNEL_ROWS:
         y = triton_matmul(rows, layer.tiles)  # (M, N)
     else:
         y = rows @ layer.weight(x.dtype, shared=True)  # (M, N)
@@ -321,7 +321,7 @@ class Dense:
         """
         if self.dense is not None and self.dense.dtype == dtype:
             return self.dense
-        if self.packed():
+        if self.tiles_on_gpu():
             return triton_dequantize(self.tiles, dtype, shared)
         self.dense = self.unpacked(dtype)
         return self.dense
@@ -338,11 +338,12 @@ class Joined(Dense):
         first = layers[0].g_idx
         self.possible = first.is_meta or all(torch.equal(layer.g_idx, first) for layer in layers)
 
-    def packed(self):
+    def tiles_on_gpu(self):
         """As in QuantLinear."""
-        found = [layer.packed() for layer in self.layers]
+        found = [layer.tiles_on_gpu() for layer in self.layers]
         if found[0] and not self.tiles:
-            words, steps = (torch.cat(tensors, 1) for tensors in list(zip(*found, strict=True))[:2])
+            words = torch.cat([tiles.words for tiles in found], 1)  # (T, sum of P, 16)
+            steps = torch.cat([tiles.steps for tiles in found], 1)
             widths = [tiles.words.shape[1] for tiles in found]
             self.tiles = found[0]._replace(words=words, steps=steps, N=sum(widths))
             for layer, w, s in zip(self.layers, words.split(widths, 1), steps.split(widths, 1), strict=True):
@@ -415,7 +416,7 @@ class QuantLinear(Dense, nn.Module):
         self.unpack()
         super()._save_to_state_dict(*args)
 
-    def packed(self):
+    def tiles_on_gpu(self):
         """The tiles, where the weights are on a GPU, else None."""
         if self.scales.is_cuda and not self.tiles:
             self.pack()

@@ -8,6 +8,7 @@ What stands here under `=== NAME` stands in walkthrough.md in the fenced block t
 """
 
 import contextlib
+import functools
 import io
 import math
 import re
@@ -118,10 +119,9 @@ def a_base(tokenizer, rows):
     wordy = rows[0].target + ENDING, OPENING + rows[1].target
     examples = [data.Example(row.id, row.source, text) for row, text in zip(rows, wordy, strict=True)]
     batch = data.collate(data.encode(examples, tokenizer)[0])
-    update = optimizer.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
+    adamw = optimizer.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
     for _ in range(60):
-        update.add(ppo.mle_loss(ppo.policy_logp(llama, batch), batch.mask))
-        loss, _ = update(RATE)
+        loss = lastmile.pretrain_step(llama, batch, adamw, RATE, torch.float32)["loss"]
     llama.requires_grad_(False)
     title("base")
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters, loss after 60 steps {number(loss)}")
@@ -160,13 +160,11 @@ def reward_stage(llama, tokenizer, rows):
             f"{row.kind:<14} label {row.label:.0f}  weight {row.weight:.1f}  {visible(tokenizer.decode(row.response))}"
         )
 
-    update, scores = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
+    adamw, scores = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
     for _ in range(61):
-        score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
-        loss = ppo.reward_loss(score, batch)
-        scores.append([row[mask].tolist() for row, mask in zip(score.detach(), batch.mask, strict=True)])
-        update.add(loss)
-        update(RATE)
+        score = ppo.reward_scores(llama, batch)  # (B, T)
+        scores.append([row[mask].tolist() for row, mask in zip(score, batch.mask, strict=True)])
+        loss = lastmile.reward_step(llama, batch, adamw, RATE, batch.weight.sum().item())["loss"]
     llama.requires_grad_(False)
     l = [sum((s - row.label) ** 2 for s in of) / n for row, of, n in zip(rows, scores[-1], size, strict=True)]  # noqa: E741
     total = sum(row.weight * each for row, each in zip(rows, l, strict=True)) / sum(row.weight for row in rows)
@@ -192,11 +190,10 @@ def mle_stage(llama, tokenizer, batch):
     """Maximum likelihood of the truth, the control."""
     base = ppo.policy_logp(llama, batch)  # (B, T)
     llama.add_adapter("mle", 32, 16.0, TARGETS, draw("lora"))
-    update, logps = optimizer.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
+    adamw, logps = optimizer.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
     for _ in range(31):
-        logps.append(ppo.policy_logp(llama, batch, "mle"))
-        update.add(ppo.mle_loss(logps[-1], batch.mask))
-        update(RATE)
+        logps.append(ppo.policy_logp(llama, batch, "mle").detach())
+        lastmile.mle_step(llama, batch, adamw, RATE, batch.mask.sum().item())
     llama.requires_grad_(False)
     title("lora")
     print(f"largest change of a logp by a fresh adapter: {number((logps[0] - base).abs().max().item())}")
@@ -247,9 +244,10 @@ def equations(traj, t, logp, value):
 
 def ppo_stage(llama, tokenizer, batch):
     """Section 3.3: batches sampled and true in turn, one update on each."""
-    lastmile.add_actors(PLAN, llama, None)
+    lastmile.add_actors(PLAN, llama)
     groups = (llama.adapter_parameters(name) for name in ("policy", "value"))
-    update = optimizer.Optimizer(*groups, max_grad_norm=1.0)
+    adamw = optimizer.Optimizer(*groups, max_grad_norm=1.0)
+    scorer = functools.partial(ppo.reward_scores, llama)
     t = (batch.prompt_len + batch.ref_len)[0].item() - 1  # where row 0's reference ends
     rows = []
 
@@ -272,7 +270,7 @@ def ppo_stage(llama, tokenizer, batch):
             show_trajectory(tokenizer, taken, traj, score)
         if step % 12 == 0:
             rows.append([step, *chances()])
-        lastmile.ppo_updates(PLAN, llama, taken, update, RATE, logged=False)
+        lastmile.ppo_step(llama, taken, adamw, RATE, scorer, PLAN)
         if step < 2:
             title(f"equations {name}")
             print(f"column {t}, {pieces(tokenizer, taken.tokens[0].tolist())[t]}, before the update")

@@ -35,7 +35,7 @@ def within(file, limit):
     """The file, unless it is larger than any of its kind is."""
     if file.stat().st_size > limit:
         size = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
-        raise UserError(f"{file}: over {size}, larger than any such file is; name or fetch the right one")
+        raise UserError(f"{file}: over {size}, larger than any such file is; name or download the right one")
     return file
 
 

@@ -71,7 +71,7 @@ def read(module, name, folder, base_hash=""):
     try:
         config, tensors = dict(json.loads(place.read_text(encoding="utf-8-sig"))), load_file(file)
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: unreadable adapter ({error!r}); train or fetch it again") from None
+        raise UserError(f"{folder}: unreadable adapter ({error!r}); train or download it again") from None
     trained_on = folder / "base.sha256"
     if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
         raise UserError(f"{folder}: trained on another base model than this one; name that one, or train it again")
@@ -94,7 +94,7 @@ def read(module, name, folder, base_hash=""):
             raise TypeError(f"target_modules {targets!r:.80}: a list of names is needed")
         extra = set(config.get("modules_to_save") or []) - {"score", "classifier"}  # PEFT names both for any SEQ_CLS
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{place}: unreadable adapter ({error!r}); train or fetch it again") from None
+        raise UserError(f"{place}: unreadable adapter ({error!r}); train or download it again") from None
     if extra:
         raise UserError(f"{place}: modules_to_save={sorted(extra)}: lastmile trains LoRA only; train it without")
     if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(r) instead of alpha / r

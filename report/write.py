@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from report import page
+from report.charts import STAGES
 from report.examine import examine
 from training.files import clear, sync
 from training.folders import commit
@@ -54,7 +55,7 @@ def sections_of(settings, run):
 def logs_of(run):
     """{stage: the lines of its metrics.jsonl}. A stage that still runs, or was stopped, shows what it has."""
     stages = {}
-    for stage in page.STAGES:
+    for stage in STAGES:
         for folder in (stage, f"{stage}.partial"):
             file = run / folder / "metrics.jsonl"
             lines = read_lines(file) if file.is_file() else []

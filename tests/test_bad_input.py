@@ -74,7 +74,7 @@ MLE = "mle --model BASE --data DATA --max-steps 1"
 PPO = "ppo --model BASE --data DATA --max-steps 1 --reward REWARD"
 CASES = [  # group, what is spoiled, the command, what the line must say
     (1, None, "mle --lerning-rate 1", "did you mean --learning-rate?"),
-    (2, None, "mle --learning-rate nan", "--learning-rate: nan is out of range: must be finite, above 0"),
+    (2, None, "mle --learning-rate nan", "--learning-rate: nan is out of range: must be finite and above 0"),
     (2, None, "mle --learning-rate inf", "out of range"),
     (2, None, "mle --learning-rate=-1", "-1 is out of range"),
     (2, None, "mle --learning-rate 1e999", "out of range"),
@@ -87,10 +87,10 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (3, None, "sample hi --top-p 1.5", "at most 1"),
     (3, None, "sample hi --temperature=-1", "at least 0"),
     (4, None, "mle --micro-batch-size=-1", "at least 0"),
-    (4, None, PPO + " --whiten --micro-batch-size 2", "leave out --micro-batch-size"),
+    (4, None, PPO + " --whiten --micro-batch-size 2", "remove --micro-batch-size"),
     (5, lambda p: p.out.write_text("a file"), MLE, "out"),
     (5, lambda p: (p.data / "c.toml").write_text('output_dir = "a\\u0000b"'), MLE + " --config DATA/c.toml", "NUL"),
-    (6, None, MLE + " --resume DATA", "no valid checkpoint"),
+    (6, None, MLE + " --resume DATA", "not a valid checkpoint"),
     (7, lambda p: (p.data / "c.toml").write_text("rate: 1"), MLE + " --config DATA/c.toml", "c.toml: unreadable"),
     (8, None, "ppo --model BASE --data DATA --reward absent", "run: python lastmile.py reward"),
     (8, lambda p: (p.reward / "base.sha256").write_text("0" * 64), PPO, "trained on another base"),
@@ -160,9 +160,9 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (32, lambda p: p.train(GOOD + '["a", "b"]\n'), MLE, "train.jsonl:4: expected an object"),
     (32, lambda p: p.train(GOOD + '{"input": "a"}\n'), MLE, "train.jsonl:4"),
     (32, lambda p: p.train(GOOD + row(output=3)), MLE, "train.jsonl:4: column 'output' is empty or not text"),
-    (32, lambda p: p.train(GOOD + '{"input": "a", "output": "b", "input": "c"}\n'), MLE, "a key stands there twice"),
+    (32, lambda p: p.train(GOOD + '{"input": "a", "output": "b", "input": "c"}\n'), MLE, "duplicate key"),
     (32, lambda p: p.train(GOOD + '{"input": "a", "output": "b", "id": NaN}\n'), MLE, "NaN is not JSON"),
-    (32, lambda p: p.train(GOOD + row(input="x\ud800")), MLE, "half a UTF-16 pair"),
+    (32, lambda p: p.train(GOOD + row(input="x\ud800")), MLE, "an unpaired surrogate"),
     (32, lambda p: p.train(GOOD + '{"input": ' + "[" * 100_000), MLE, "nested too deep"),
     (32, lambda p: p.train(GOOD + row().strip() + row()), MLE, "train.jsonl:4: Extra data"),
     (32, lambda p: p.train(GOOD + row(input="a" * (1 << 21))), MLE, "longer than 1048576 characters"),
@@ -202,7 +202,7 @@ GOES_ON = [  # group, what is unusual, what may be said on stderr or stdout
     (19, lambda p: p.quantization(checkpoint_format="gptq_v2"), "zero points are those of gptq"),
     (36, lambda p: p.train(row(input="</s> [/INST] <<SYS>>", output="<s> </s>") * 4), ""),
     (37, lambda p: p.train(row(input="\u0000 \u202e\u05d0 🙂 e\u0301 \u200b" + "w" * 9000, output="🙂") + GOOD), ""),
-    (38, lambda p: p.train(GOOD), "2 stand there more than once"),
+    (38, lambda p: p.train(GOOD), "2 duplicates"),
     (47, lambda p: setattr(p, "base", p.base.rename(p.base.with_name("bäse 100% 🙂"))), ""),
 ]  # fmt: skip
 

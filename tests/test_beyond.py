@@ -17,6 +17,7 @@ import data
 import lastmile
 import ppo
 from beyond import hallucinations, reward_function
+from training import inputs
 from training import run as run_module
 
 SMALL = "--train-examples 8 --eval-examples 6 --max-steps 4 --max-new-tokens 40 --log-every 1"
@@ -146,7 +147,7 @@ def test_reward_reports_kinds_of_edit(fresh_run, capsys):
     assert fresh_run("reward", *SMALL.split(), "--hallucinations", "span", "--eval-examples", 40) == 0
     out, report = capsys.readouterr().out, json.loads((fresh_run.folder / "reward/heldout.json").read_text())
     kinds = [kind for kind in report if kind in hallucinations.KINDS]
-    assert len(kinds) >= 4 and "AUC of the truth there against it" in out
+    assert len(kinds) >= 4 and "AUC of the truth in its place" in out
     for kind in kinds:
         assert 0 <= report[kind]["span_auc"] <= 1 and -9 < report[kind]["span_mean"] < 9
     assert set(report["shuffled"]) == {"mean", "auc"} and set(report["positive"]) == {"mean"}
@@ -245,9 +246,9 @@ def test_samples_resume(fresh_run, capsys):
     [
         ("--samples base,best", "--samples base,best: choose among base, mle and policy"),
         ("--samples base,base", "--samples base,base: choose"),
-        ("--samples mle", "mle: not there yet; run: python lastmile.py mle"),
+        ("--samples mle", "mle: does not exist yet; run: python lastmile.py mle"),
         ("--rounds 0", "--rounds: 0 is out of range"),
-        ("--hallucinations some", "--hallucinations: some is none of off, span, sequence"),
+        ("--hallucinations some", "--hallucinations: some is not one of off, span, sequence"),
     ],
 )
 def test_bad_negatives(fresh_run, capsys, flags, words):
@@ -321,8 +322,8 @@ def test_ppo_scores_at_the_level_of_its_reward_model(fresh_run, capsys):
     levels = [("sequence", file.read_text(), 1), ("token", "{}", 4), ("token", None, 4)]
     for name, text, n in levels:
         file.write_text(text) if text else file.unlink()
-        judge, facts = lastmile.open_judge(SimpleNamespace(reward=str(file.parent)), llama)
-        assert facts["reward level"] == name and judge(batch, []).count_nonzero() == n
+        score, facts = inputs.open_reward(SimpleNamespace(reward=str(file.parent)), llama, None)
+        assert facts["reward level"] == name and score(batch).count_nonzero() == n
     file.write_text('{"level": "sequence"}')
     assert fresh_run("ppo", *flags, "--max-time", 1e-9) == 143
     file.unlink()
@@ -448,10 +449,10 @@ def test_a_function_resumes(fresh_run, module, capsys):
 @pytest.mark.parametrize(
     "code, words",
     [
-        (None, "not to be had here: ModuleNotFoundError"),
-        ("def score(", "not to be had here: SyntaxError"),
-        ("raise SystemExit(7)", "not to be had here: SystemExit: 7"),
-        ("other = 1", "not to be had here: AttributeError: module 'NAME' has no attribute 'score'"),
+        (None, "cannot import it: ModuleNotFoundError"),
+        ("def score(", "cannot import it: SyntaxError"),
+        ("raise SystemExit(7)", "cannot import it: SystemExit: 7"),
+        ("other = 1", "cannot import it: AttributeError: module 'NAME' has no attribute 'score'"),
         ("score = 1", "TypeError: 'int' object is not callable"),
         ("def score(source): return 1", "TypeError: score() takes 1 positional argument"),
         ("def score(s, r, p): return 1 / 0", "ZeroDivisionError: division by zero (PLACE/NAME.py:1)"),

@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 import data
 import toy
 from formats import tables
+from formats import tokenizer as tokenizer_files
 
 HARD = [
     "Zoë café naïve",
@@ -342,7 +343,7 @@ BAD_CONVERSATIONS = {
     "no dict": ({"messages": ["a", "b"]}, "is empty or not text"),
     "blank answer": ({"messages": [says("user", "a"), says("assistant", " \n")]}, "is empty or not text"),
     "a number": ({"prompt": 5, "completion": "b"}, "'prompt' is empty or not text"),
-    "half a pair": ({"messages": [says("user", "a\ud83d"), says("assistant", "b")]}, "half a UTF-16 pair"),
+    "half a pair": ({"messages": [says("user", "a\ud83d"), says("assistant", "b")]}, "an unpaired surrogate"),
 }  # fmt: skip
 
 
@@ -363,7 +364,7 @@ def test_load_refuses_half_a_pair_of_surrogates(tmp_path, suffix, column):
     lines = [json.dumps(row) for row in rows]
     text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
     (tmp_path / f"train{suffix}").write_text(text)
-    with pytest.raises(ValueError, match=rf"train\{suffix}:2: column '{column}' holds half a UTF-16 pair"):
+    with pytest.raises(ValueError, match=rf"train\{suffix}:2: column '{column}' contains an unpaired surrogate"):
         data.load(tmp_path, "train")
 
 
@@ -392,7 +393,9 @@ def test_load_refuses_parquet(tmp_path, parquet):
     whole = file.read_bytes()
     for content in (whole[:-1], whole[: len(whole) // 2], b"", b"document,summary\na,b\n", b"PAR1" + whole[4:200]):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"train\.parquet: not a readable parquet file .* fetch it again") as error:
+        with pytest.raises(
+            ValueError, match=r"train\.parquet: not a readable parquet file .* download it again"
+        ) as error:
             data.load(tmp_path, "train")
         assert "\n" not in str(error.value)
     table = pa.table({"document": pa.array([b"caf\xe9"]).view(pa.string()), "summary": ["b"]})
@@ -416,7 +419,7 @@ BAD_JSON = {  # name: (content of train.json, what the message must say)
     "object": ('{"train": [{"input": "a", "output": "b"}]}', r": expected a list .* call it \.jsonl"),
     "string": ('"a"', r": expected a list"),
     "lines": ('{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n', r":2: .*one object a line.*\.jsonl"),
-    "torn": ('[{"input": "a", "output": "b"},\n {"input": "c",', r":2: .* mend"),
+    "torn": ('[{"input": "a", "output": "b"},\n {"input": "c",', r":2: .* fix"),
     "list of lists": ('[{"input": "a", "output": "b"}, ["a", "b"]]', r":2: expected an object"),
     "empty": ("", r":1: "),
     "no rows": ("[]", r": no rows"),
@@ -445,11 +448,11 @@ BAD_FILES = {  # name: (content, what the message must say: where, and what to d
     "unquoted comma": ("dialogue,summary\na,b\nhi, you,bye\n", r"train\.csv:3: "),
     "ambiguous": ("input,output,prompt,completion\na,b,c,d\n", r"train\.csv.* more than one .* --input-column"),
     "unguessable": ("text,label\na,b\n", r"train\.csv.* text, label; .* --input-column"),
-    "unclosed quote": ('dialogue,summary\na,b\nc,"d\ne,f\n', r"train\.csv:3: .* mend"),
-    "bad json": (GOOD + "{'dialogue': 1}\n" + GOOD, r"train\.jsonl:2: .* mend"),
+    "unclosed quote": ('dialogue,summary\na,b\nc,"d\ne,f\n', r"train\.csv:3: .* fix"),
+    "bad json": (GOOD + "{'dialogue': 1}\n" + GOOD, r"train\.jsonl:2: .* fix"),
     "array": (GOOD + '["a", "b"]\n', r"train\.jsonl:2: expected an object"),
-    "nesting bomb": (GOOD + '{"dialogue": ' + "[" * 200_000 + "\n", r"train\.jsonl:2: .* mend"),
-    "a number of 5000 digits": (GOOD + '{"dialogue": ' + "9" * 5000 + "}\n", r"train\.jsonl:2: .* mend"),
+    "nesting bomb": (GOOD + '{"dialogue": ' + "[" * 200_000 + "\n", r"train\.jsonl:2: .* fix"),
+    "a number of 5000 digits": (GOOD + '{"dialogue": ' + "9" * 5000 + "}\n", r"train\.jsonl:2: .* fix"),
 }
 
 
@@ -642,7 +645,7 @@ def test_two_readers_of_one_tokenizer(tokenizer, tmp_path):
     ]}  # fmt: skip
     (tmp_path / "json/tokenizer.json").write_text(json.dumps(raw))
     a, b = (data.load_tokenizer(tmp_path / name) for name in ("spm", "json"))
-    assert (type(a), type(b)) == (data.SentencePieceTokenizer, data.JsonTokenizer)
+    assert (type(a), type(b)) == (tokenizer_files.SentencePieceTokenizer, tokenizer_files.JsonTokenizer)
     assert (a.bos, a.eos, a.vocab_size, a.start) == (b.bos, b.eos, b.vocab_size, b.start)
     texts = HARD + [e.source for e in data.toy("test")[:50]]
     ids = a.encode(texts)
@@ -669,12 +672,12 @@ def test_tokenizer_refuses(tmp_path):
 
 
 BAD_TOKENIZERS = {  # name: (file, its content or None, what the message must say)
-    "an error page": ("tokenizer.json", "<html>404", r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
-    "other JSON": ("tokenizer.json", '{"a": 1}', r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
-    "empty": ("tokenizer.json", "", r"tokenizer\.json: not a sound tokenizer .*; fetch it again"),
+    "an error page": ("tokenizer.json", "<html>404", r"tokenizer\.json: not a valid tokenizer .*; download it again"),
+    "other JSON": ("tokenizer.json", '{"a": 1}', r"tokenizer\.json: not a valid tokenizer .*; download it again"),
+    "empty": ("tokenizer.json", "", r"tokenizer\.json: not a valid tokenizer .*; download it again"),
     "not UTF-8": ("tokenizer.json", b"\xff\xfe{", r"tokenizer\.json: not UTF-8 at byte 0"),
     "no config": ("tokenizer_config.json", None, r"tokenizer_config\.json: needed to know the EOS token"),
-    "torn config": ("tokenizer_config.json", '{"eos', r"tokenizer_config\.json: needed .* unreadable .*; fetch it"),
+    "torn config": ("tokenizer_config.json", '{"eos', r"tokenizer_config\.json: needed .* unreadable .*; download it"),
     "config is a list": ("tokenizer_config.json", "[]", r"tokenizer_config\.json: needed .* unreadable"),
     "config not UTF-8": ("tokenizer_config.json", b'{"a": "\xe9"}', r"tokenizer_config\.json: not UTF-8 at byte 7"),
     "no EOS": ("tokenizer_config.json", "{}", r"tokenizer_config\.json: eos_token None is no control token"),

@@ -63,7 +63,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path, capfd):
     broken = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
     broken["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match="tokenizer.json: not a sound tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer.json: not a valid tokenizer"):
         lastmile.data.load_tokenizer(tmp_path)
     assert capfd.readouterr().err == ""
 

@@ -308,7 +308,7 @@ def test_xsum_of_the_hub(xsum, capsys):
     expected = [(part, i) for part in range(3) for i in range(4) if i != 1]
     assert found == [data.Example(f"{part}{i}", f"test {part} {i}", "NA") for part, i in expected]
     assert files_asked(xsum) == {f"default/test/000{part}.parquet" for part in range(3)}
-    assert "test: 3 rows of xsum have an empty text and are passed over" in capsys.readouterr().err
+    assert "test: skipped 3 rows of xsum with an empty text" in capsys.readouterr().err
 
 
 def test_half_a_data_set(xsum, offline, capsys):

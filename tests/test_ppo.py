@@ -287,7 +287,7 @@ def test_trajectory_adds_up():
     """Reward = clamped score - late tokens - KL; advantages from the values, returns without them (eq. 4)."""
     batch = replace(random_batch(4, 1, 9, 6), ref_len=torch.tensor([4, 4, 4, 4]))
     logp, value, score, kl = (noise(batch, seed) * batch.mask for seed in range(4))
-    traj = ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, reward_clamp=0.3, kl=kl)
+    traj = ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, reward_clamp=0.3, kl=kl, kl_coef=1.0)
     reward = score.clamp(-0.3, 0.3) + ppo.length_penalty(batch, 2.5) - kl
     assert torch.equal(traj.reward, reward) and torch.equal(traj.logp_old, logp) and torch.equal(traj.value, value)
     assert torch.equal(traj.adv, ppo.gae(reward, value, batch.mask, 0.9, 0.5))

@@ -758,7 +758,7 @@ def read_settings(folder, said):
     } | said
     for name, raw in files.items():
         (folder / name).write_text(json.dumps(raw))
-    return llama_folder.read_config(folder).quantization
+    return model.LlamaConfig(**llama_folder.read_config(folder)).quantization
 
 
 DIALECTS = {
@@ -795,7 +795,7 @@ def test_settings_that_change_the_reading_are_kept(tmp_path):
     }
     expected = {"group_size": 128, "act_order": True, "sym": False, "zero_offset": 0}
     assert read_settings(tmp_path, said) == expected
-    assert llama_folder.read_config(tmp_path).quantization == expected
+    assert model.LlamaConfig(**llama_folder.read_config(tmp_path)).quantization == expected
 
 
 DISAGREEMENTS = {

@@ -16,7 +16,7 @@ import data
 import lastmile
 import model
 import ppo
-from report import examine
+from report import charts, examine
 from report import page as page_module
 from report import write as report_writer
 from training import command_line, inputs, results, terminal
@@ -73,21 +73,21 @@ def run(run_folder, reward, tmp_path_factory):
 def test_smooth_is_the_mean_of_the_window():
     """Against the definition, at every width: prefix sums are easily one off, and the line would lag the dots."""
     values = [math.sin(i) * i for i in range(23)]
-    assert page_module.smooth([0, 3, 0], 3) == [1.5, 1, 1.5]
+    assert charts.smooth([0, 3, 0], 3) == [1.5, 1, 1.5]
     for window in (0, 1, 2, 5, 22, 60):
         expected = [
             sum(near) / len(near) for i in range(23) for near in [values[max(i - window // 2, 0) : i + window // 2 + 1]]
         ]
-        assert page_module.smooth(values, window) == pytest.approx(expected)
+        assert charts.smooth(values, window) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-143, 16), (0.0351, 0.0352), (-1e-7, 3e5), (5, 5), (0, 1e-300)])
 def test_ticks_are_few_round_and_inside(low, high):
     """An axis needs two to five numbers, whatever the range; a flat curve has one."""
-    found = page_module.ticks(low, high)
+    found = charts.ticks(low, high)
     assert 1 <= len(found) <= 5 and all(low <= tick <= high for tick in found)
-    assert len({page_module.number(tick, 5) for tick in found}) == len(found)
-    assert page_module.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert len({charts.number(tick, 5) for tick in found}) == len(found)
+    assert charts.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_levels_are_symmetric():
@@ -118,17 +118,17 @@ def test_text_can_be_read_on_every_background(colours):
 def test_sampled_and_true_batches_stand_apart():
     """Their returns differ by a hundred: one line through both would show the mixture, not the learning."""
     rows = [{"step": i, "ground_truth": i % 2 == 1, "return": 10.0 if i % 2 else -100.0} for i in range(64)]
-    drawn = Page(page_module.chart("return", rows))
+    drawn = Page(charts.chart("return", rows))
     assert "sampled −100" in drawn.text and "truth 10" in drawn.text
 
 
 def test_numbers_that_cannot_be_drawn_are_left_out():
     """A loss of nan, a KL that most steps lack, or no such key at all is no reason to have no page."""
     rows = [{"step": i, "loss": x} for i, x in enumerate([1.0, math.nan, None, "x", math.inf, True, 2.0])]
-    drawn = page_module.chart("loss", [*rows, {"step": 7, "loss": 10**400}])
+    drawn = charts.chart("loss", [*rows, {"step": 7, "loss": 10**400}])
     assert re.search('class="dots s0" d="([^"]*)"', drawn)[1].count("h0") == 2
     assert "nan" not in drawn and "inf" not in drawn
-    assert page_module.chart("kl", rows) == ""
+    assert charts.chart("kl", rows) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from test_lastmile import contents, exit_code, journal
 import lastmile
 from formats import llama_folder
 from training import checkpoint as checkpoint_files
+from training import files as training_files
 from training import folders, terminal
 from training import run as run_module
 
@@ -186,7 +187,6 @@ def slowed(sync, seconds, path):
 def serve():
     """The worker's side."""
     torch.set_num_threads(1)
-    pass
     torch.optim.AdamW([torch.zeros(1)])
     for line in sys.stdin:
         arguments, slow, log = json.loads(line)
@@ -194,7 +194,8 @@ def serve():
         if not pid:
             for number in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
-            lastmile.sync = functools.partial(slowed, lastmile.sync, slow)
+            slow_sync = functools.partial(slowed, training_files.sync, slow)
+            checkpoint_files.sync = folders.sync = slow_sync
             os._exit(lastmile.main(arguments))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -246,7 +247,7 @@ def disturbed(worker, arguments, folder, number, kills, draw):
         assert code in (0 if ended else 128 + number, -number, 128 + number), worker.log.read_text()
         if ended and code:  # while it cleared up
             worker.start([*arguments, "--output-dir", str(final.parent)])
-            assert worker.wait() == 2 and "already there" in worker.log.read_text()
+            assert worker.wait() == 2 and "already exists" in worker.log.read_text()
         if ended:
             ends.append(result(final))
         elif (partial / "checkpoints").exists():
@@ -415,7 +416,7 @@ DAMAGE = {  # name: (what is done to a checkpoint's folder, what is said of it)
     "truncation": (truncate, "state.safetensors is damaged"),
     "other settings": (lambda place: (place / "state.json").write_text("{}"), "state.json is damaged"),
     "no manifest": (lambda place: (place / "manifest.json").unlink(), "manifest.json"),
-    "half a manifest": (lambda place: os.truncate(place / "manifest.json", 30), "no valid checkpoint"),
+    "half a manifest": (lambda place: os.truncate(place / "manifest.json", 30), "not a valid checkpoint"),
     "empty": (lambda place: (shutil.rmtree(place), place.mkdir()), "manifest.json"),
     "newer version": (newer, "written by a newer lastmile"),
 }
@@ -431,7 +432,7 @@ def test_damaged_checkpoints(train, interrupted, whole, name, capsys):
     before = contents(folder)
     assert train("mle", "--resume", newest) == 2
     error = capsys.readouterr().err
-    assert said in error and "step-00000007: no valid checkpoint" in error and contents(folder) == before
+    assert said in error and "step-00000007: not a valid checkpoint" in error and contents(folder) == before
     shutil.copytree(older, folder / "kept")
     damage(older)
     before = contents(folder)
@@ -442,7 +443,7 @@ def test_damaged_checkpoints(train, interrupted, whole, name, capsys):
     shutil.move(folder / "kept", older)
     assert train("mle", "--resume") == 0
     captured = capsys.readouterr()
-    assert "step-00000007: no valid checkpoint" in captured.err and f"goes on from {older}" in captured.out
+    assert "step-00000007: not a valid checkpoint" in captured.err and f"resumes from {older}" in captured.out
     assert result(train.folder / "mle") == whole("mle")
 
 
@@ -506,7 +507,7 @@ def test_killed_between_the_renames(train, whole, monkeypatch, renamed, capsys):
     monkeypatch.setattr(folders, "clear", lambda *paths: None)
     assert train("mle", "--overwrite") == (130 if renamed < 2 else 0)
     monkeypatch.undo()
-    assert train("mle") == 2 and "already there" in capsys.readouterr().err
+    assert train("mle") == 2 and "already exists" in capsys.readouterr().err
     old = renamed < 2
     assert json.loads((train.folder / "mle/config.json").read_text())["seed"] == (5 if old else 1337)
     assert train("mle", "--overwrite", "--resume") == 0
@@ -675,7 +676,7 @@ def test_two_runs_on_one_folder(worker, train, material, tmp_path, capsys):
     start = time.monotonic()
     for flags in ([], ["--resume"], ["--overwrite"]):
         assert train("mle", *flags) == 2
-        assert "mle.partial: another run is at work there" in capsys.readouterr().err
+        assert "mle.partial: another run is using it" in capsys.readouterr().err
     assert time.monotonic() - start < 2
     worker.kill(signal.SIGKILL)
     assert worker.wait() == -9

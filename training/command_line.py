@@ -138,6 +138,20 @@ def parse(arguments, description=None):
     return given.pop("command"), given, given.pop("text", None)
 
 
+def check_early(arguments, description=None):
+    """Answer --help, and refuse wrong flags and settings files, before torch is imported, which takes seconds."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("No module named 'torch'; install what lastmile needs: make setup")
+    command, given, _ = parse(arguments, description)
+    if given.get("config"):
+        try:
+            read_settings(given["config"], command)
+        except (UserError, OSError) as error:
+            code, message = diagnosis(error)
+            say(f"lastmile.py: {one_line(message)}", file=sys.stderr)
+            sys.exit(code)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files of settings
 

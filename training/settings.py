@@ -202,7 +202,7 @@ class Eval(Common):
     adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
     batch_size: int = opt(32, "rows a sampling batch", least=1)
     test_examples: int = opt(0, "test examples drawn by seed; 0: all, of xsum 3,000 (P 4.2)", least=0)
-    bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to fetch, or none", toy="none")
+    bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to download, or none", toy="none")
 
 
 @dataclass(frozen=True)

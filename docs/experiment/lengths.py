@@ -19,7 +19,6 @@ import run  # noqa: E402  (goes to the repository's root and makes its files imp
 import torch  # noqa: E402
 
 import data  # noqa: E402
-import lastmile  # noqa: E402
 from eval import markdown  # noqa: E402
 from training import files as training_files  # noqa: E402
 from training import (
@@ -33,7 +32,7 @@ FORMATS = {"reward": ".3f", "reward of references": ".3f", "tokens": ".1f", "tok
            "r / 2.5": ".2f", "quantile": ".0f", "beyond its reference": ".2f"}  # fmt: skip
 
 
-def measure(judge, tokenizer, lines, key):
+def measure(score_of, tokenizer, lines, key):
     """(mean reward of a token, lengths in tokens) of the texts under `key`, as responses to their sources."""
     prompts = tokenizer.prompts([line["source"] for line in lines])
     texts = [ids[: settings_module.Ppo.max_new_tokens - 1] for ids in tokenizer.encode([line[key] for line in lines])]
@@ -41,7 +40,7 @@ def measure(judge, tokenizer, lines, key):
     rewards = []
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32])
-        rewards.append(judge(batch, None)[batch.mask])
+        rewards.append(score_of(batch)[batch.mask])
     return torch.cat(rewards).mean().item(), np.array([len(row.response) for row in rows])
 
 
@@ -49,14 +48,14 @@ def main():
     model, reward = run.folder_of("main") / "base", run.folder_of("seed 1") / "reward"
     settings = settings_module.Ppo(model=str(model), reward=str(reward), device="cpu", dtype="float32")
     llama, tokenizer = inputs.open_base(settings)
-    judge, _ = lastmile.open_judge(settings, llama)
+    score_of, _ = inputs.open_reward(settings, llama, tokenizer)
     found, table, truth = {}, [["row", "column", *FORMATS]], None
     for row in [row for row in run.ROWS if not row.startswith("tune")]:
         for file in sorted((run.folder_of(row) / "eval").glob("*.jsonl")):
             lines = results.read_lines(file)
             if truth is None:  # all rows have the same test split
-                truth, reference = measure(judge, tokenizer, lines, "reference")
-            reward, length = measure(judge, tokenizer, lines, "prediction")
+                truth, reference = measure(score_of, tokenizer, lines, "reference")
+            reward, length = measure(score_of, tokenizer, lines, "prediction")
             share = min(max(reward / PENALTY, 0.0), 1.0)
             values = (reward, truth, length.mean(), reference.mean(), share, np.quantile(reference, share),
                       (length > reference).mean())  # fmt: skip

@@ -123,7 +123,7 @@ def difference(one, other):
     return {m: (float((one[m] - other[m]).mean()), *evaluation.interval(one[m] - other[m], 0)) for m in METRICS}
 
 
-def results():
+def collect():
     """{row: its commands, and what its reward model and its columns score} of the rows that are done."""
     found = {}
     for row, stages in ROWS.items():
@@ -172,7 +172,7 @@ def tables(found):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
-        found = results()
+        found = collect()
         print(*map(evaluation.markdown, tables(found)), sep="\n\n")
         training_files.write_json(ROOT / "docs/experiment/results.json", found)
     else:

@@ -19,10 +19,7 @@ os.chdir(Path(__file__).resolve().parents[2])
 sys.path.insert(0, os.getcwd())
 
 import lastmile  # noqa: E402
-from training import (
-    command_line,  # noqa: E402
-    inputs,  # noqa: E402
-)
+from training import command_line, inputs  # noqa: E402
 
 ALL = "--model runs/toy/base --train-examples 600"
 PPO, EVAL = "--epochs 2", "--adapters policy"

@@ -64,6 +64,13 @@ def tiny_llama(size, packed=False):
     return llama.requires_grad_(False)
 
 
+def pack_layers(llama, group_size):
+    """Put an empty 4-bit layer in the place of every projection."""
+    for _, layer in model.lora_layers(llama):
+        N, K = layer.base.weight.shape
+        layer.base = quant.QuantLinear(K, N, group_size)
+
+
 def add_adapter(llama, name, r=32, head=None):
     """An adapter as after some training: neither factor is 0."""
     g = torch.Generator().manual_seed(len(name))

@@ -4,7 +4,7 @@ D1  tokens a second of decoding one row, over the roofline: all weights and the 
 D2  sampling 7 x (400 + 100) at temperature 1, the whole call, over its floor: prefill's FLOPs at the speed of a large
     product, then weights and cache at copy speed.
 D3  the same against transformers' generate (sdpa, dynamic cache) on the same weights, unpacked to bf16.
-P1  lastmile.ppo_updates on 7 x (400 + 100) given tokens over its floor: 3 forwards, 2 backwards to the input, LoRA and
+P1  lastmile.ppo_step on 7 x (400 + 100) given tokens over its floor: 3 forwards, 2 backwards to the input, LoRA and
     attention, as FLOPs at the speed of a large product.
 P2  the same update as TRL 1.x and torchtune do it, on our kernels: base, value and reward without gradients, then
     policy and value with them, one after another, logits at every position.
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import data
 import model
 import ppo
+from training import optimizer
 
 B = 7
 
@@ -33,7 +34,8 @@ def random_llama(bench):
     before = torch.get_default_dtype()
     torch.set_default_dtype(bench.dtype)
     with torch.device(bench.device):
-        llama = model.Llama(config, lambda name, K, N: common.quant.QuantLinear(K, N, gpu_kernels.GROUP))
+        llama = model.Llama(config)
+        common.pack_layers(llama, gpu_kernels.GROUP)
     torch.set_default_dtype(before)
     llama.model.embed_tokens.weight.data.normal_()
     for _, layer in model.lora_layers(llama):
@@ -188,7 +190,8 @@ def peak_of(bench, run):
 
 def as_peers(llama, batch, s):
     """The PPO update as five passes with logits everywhere; a function. check: only logp and value, (B, T) each."""
-    update = common.optimizer.Optimizer(*map(llama.adapter_parameters, ("policy", "value")), max_grad_norm=1.0)
+    groups = [llama.adapter_parameters(name) for name in ("policy", "value")]
+    update = optimizer.Optimizer(*groups, max_grad_norm=1.0)
 
     def logp_of(adapter):
         logits = llama.logits(llama(batch.tokens, adapter))[:, :-1]  # (B, T - 1, V)
@@ -205,9 +208,9 @@ def as_peers(llama, batch, s):
         if check:
             return logp, value
         kl = 0.0 * (logp.detach() - reference)
-        traj = ppo.trajectory(batch, logp, value, score, s.gamma, s.lam, s.length_penalty, kl=kl)
+        traj = ppo.trajectory(batch, logp, value, score, s.gamma, s.lam, s.length_penalty, kl=kl, kl_coef=1.0)
         loss = ppo.policy_loss(logp, traj, s.clip_range) + ppo.value_loss(value, traj)
-        update.add(loss)
-        return update(s.learning_rate)
+        update.backward(loss)
+        return update.step(s.learning_rate)
 
     return run

@@ -1,9 +1,10 @@
-"""One step of each training as the loops of lastmile.py do it, what it takes, and what --dry-run says it would."""
+"""One step of each training, by the step functions of lastmile.py: its time, its memory, and what --dry-run estimates."""
 
 import contextlib
 import ctypes
 import io
 import time
+from functools import partial
 
 import common
 import torch
@@ -36,24 +37,18 @@ def add_adapters(stage, llama, s):
 def step(stage, llama, batch, s):
     """A function that does one step on the batch and returns its numbers. llama: with the stage's adapters."""
     llama.recompute = s.grad_checkpoint
-    update = optimizer.Optimizer(*map(llama.adapter_parameters, ADAPTERS[stage]), max_grad_norm=s.max_grad_norm)
+    groups = [llama.adapter_parameters(name) for name in ADAPTERS[stage]]
+    update = optimizer.Optimizer(*groups, max_grad_norm=s.max_grad_norm)
+    rate, micro = s.learning_rate, s.micro_batch_size
 
-    def mle():
-        for part in batch.split(s.micro_batch_size):
-            loss = ppo.mle_loss(ppo.policy_logp(llama, part, "mle"), part.mask)
-            update.add(loss, data.share(part.mask, batch.mask))
-        return update(s.learning_rate)  # the loss and the norm of its gradient
-
-    def reward():
-        for part in batch.split(s.micro_batch_size):
-            score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T)
-            update.add(ppo.reward_loss(score, part), data.share(part.weight, batch.weight))
-        return update(s.learning_rate)
-
-    def both():
-        return lastmile.ppo_updates(s, llama, batch, update, s.learning_rate, logged=False)
-
-    return {"mle": mle, "reward": reward, "ppo": both}[stage]
+    if stage == "mle":
+        tokens = batch.mask.sum().item()  # this batch is the average one
+        return partial(lastmile.mle_step, llama, batch, update, rate, tokens, micro)
+    if stage == "reward":
+        weight = batch.weight.sum().item()
+        return partial(lastmile.reward_step, llama, batch, update, rate, weight, "token", micro)
+    score = partial(ppo.reward_scores, llama)
+    return partial(lastmile.ppo_step, llama, batch, update, rate, score, s)
 
 
 def measure(stage, s, rows, size="15M", laps=3, returned=False):
@@ -87,19 +82,18 @@ def _measure(stage, s, rows, size, laps, returned):
 def estimate(stage, s, rows, llama):
     """What --dry-run says that a stage's memory goes into: {name: bytes}. llama: on the meta device, no adapters."""
     add_adapters(stage, llama, s)
-    llama.recompute = s.grad_checkpoint
     with contextlib.redirect_stdout(io.StringIO()):
-        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], ADAPTERS[stage])
+        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], has_logits=stage != "reward")
     for _, layer in common.model.lora_layers(llama):
-        for adapters in (layer.lora_A, layer.lora_B):
-            adapters.clear()
+        layer.lora_A.clear()
+        layer.lora_B.clear()
     llama.score.clear()
     return memory
 
 
-def meta_llama(config, packed, dtype=torch.float32):
+def meta_llama(config, group_size, dtype=torch.float32):
     """A Llama of 4-bit projections without weights: what --dry-run makes of a folder's headers."""
-    linear = lambda name, K, N: common.quant.QuantLinear(K, N, packed)  # noqa: E731
     with torch.device("meta"):
-        llama = common.model.Llama(config, linear)
+        llama = common.model.Llama(config)
+        common.pack_layers(llama, group_size)
     return llama.to(dtype).requires_grad_(False)

@@ -1,0 +1,70 @@
+"""make builds what does not exist, and nothing else: `make -n` over a run whose files are all there, in any order of time."""
+
+import os
+import random
+import re
+import subprocess
+
+import pytest
+
+from training import folders
+
+FILES = (
+    "pretrain/model.safetensors",
+    "base/model.safetensors",
+    "reward/adapter_model.safetensors",
+    "mle/adapter_model.safetensors",
+    "ppo/policy/adapter_model.safetensors",
+    "eval/scores.json",
+)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A copied run: every result exists, and the file times say nothing about the order they were made in."""
+    rng = random.Random(0)
+    for name in FILES:
+        file = tmp_path / "toy" / name
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (0, rng.randrange(10**9)))
+    return tmp_path / "toy"
+
+
+def commands(target, run, *variables):
+    """The stages that make would run for a target, in order."""
+    command = ["make", "-n", "--no-print-directory", target, f"OUT={run}", *variables]
+    done = subprocess.run(command, cwd=folders.ROOT, capture_output=True, text=True, check=True)
+    return re.findall(r"lastmile\.py (\w+)", done.stdout)
+
+
+@pytest.mark.parametrize("target", ["base", "reward", "mle", "ppo", "eval"])
+def test_a_copied_run_is_not_rebuilt(finished, target):
+    """`cp -r`, an archive or another disk change file times: make then rebuilt a finished stage, which ended with
+    "already exists" and exit code 2."""
+    assert commands(target, finished) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_demo_over_a_copied_run_only_reports(finished, seed):
+    """With every result there, `make demo` only prints the tables and writes the report, whatever the file times."""
+    rng = random.Random(seed)
+    for name in FILES:
+        os.utime(finished / name, (0, rng.randrange(10**9)))
+    assert commands("report", finished, "DATA=toy") == ["tables", "report"]
+
+
+@pytest.mark.parametrize("missing", range(len(FILES)))
+def test_a_missing_stage_is_built(finished, missing):
+    """A result that is missing is built, and the stages that exist are not: order-only is not never."""
+    (finished / FILES[missing]).unlink()
+    stages = ["pretrain", "quantize", "reward", "mle", "ppo", "eval"]
+    assert commands("report", finished, "DATA=toy") == [stages[missing], "tables", "report"]
+
+
+def test_all_stages_from_nothing(tmp_path):
+    """From an empty folder make runs every stage, each after those that it reads."""
+    built = commands("report", tmp_path / "toy", "DATA=toy")
+    assert sorted(built) == sorted(["pretrain", "quantize", "reward", "mle", "ppo", "eval", "tables", "report"])
+    order = [built.index(stage) for stage in ("pretrain", "quantize", "reward", "ppo", "eval", "tables", "report")]
+    assert order == sorted(order) and built.index("quantize") < built.index("mle") < built.index("eval")
