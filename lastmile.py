@@ -82,8 +82,8 @@ def pretrain(settings):
         raise UserError("--dtype float16: gradients vanish without loss scaling; use bfloat16 or float32")
     if s.hidden_size % (2 * s.num_attention_heads) or s.num_attention_heads % s.num_key_value_heads:
         raise UserError(
-            f"--hidden-size {s.hidden_size} must be a multiple of twice the {s.num_attention_heads} heads (rope rotates "
-            f"pairs of dimensions), and these a multiple of the {s.num_key_value_heads} key-value heads"
+            f"--hidden-size {s.hidden_size} must be a multiple of twice the {s.num_attention_heads} heads, and these a "
+            f"multiple of the {s.num_key_value_heads} key-value heads; change --hidden-size or the numbers of heads"
         )
     with stage_folder(s, "pretrain") as folder:
         tokenizer, rows = pretraining_rows(s, folder)

@@ -17,7 +17,6 @@ LoRA: Hu et al. 2021, arXiv 2106.09685.
 Dimensions: B batch, T time, K input width, N output width, R rank.
 """
 
-import itertools
 import math
 
 import torch

@@ -1,4 +1,4 @@
-"""make builds what does not exist, and nothing else: `make -n` over a run whose files are all there, in any order of time."""
+"""make builds what does not exist, and nothing else: `make -n` over a run whose files exist, in any order of time."""
 
 import os
 import random

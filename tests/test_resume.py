@@ -438,7 +438,7 @@ def test_damaged_checkpoints(train, interrupted, whole, name, capsys):
     before = contents(folder)
     assert train("mle", "--resume") == 2
     error = capsys.readouterr().err
-    assert error.count(said) == 2 and "not one is valid" in error and contents(folder) == before
+    assert error.count(said) == 2 and "no valid checkpoint" in error and contents(folder) == before
     shutil.rmtree(older)
     shutil.move(folder / "kept", older)
     assert train("mle", "--resume") == 0
@@ -480,13 +480,13 @@ def test_an_interrupted_run_is_not_lost(train, interrupted, whole, capsys):
     assert "step-00000007; add --resume" in error and "--overwrite" in error and contents(folder) == before
     assert train("mle", "--overwrite", "--data", "nowhere") == 2 and contents(folder) == before
     assert train("mle", "--overwrite") == 0
-    assert "goes on" not in capsys.readouterr().out and result(train.folder / "mle") == whole("mle")
+    assert "resumes from" not in capsys.readouterr().out and result(train.folder / "mle") == whole("mle")
 
 
 def test_no_checkpoint_yet(train, whole, capsys):
     """--resume in the job script from the first start on: it begins, and says so."""
     assert train("mle", "--resume") == 0
-    assert "no checkpoint to go on from; starts at step 0" in capsys.readouterr().out
+    assert "no checkpoint to resume from; starts at step 0" in capsys.readouterr().out
     assert result(train.folder / "mle") == whole("mle")
 
 
@@ -566,7 +566,7 @@ def test_disk_full_for_a_while(train, whole, after, request, disk, capsys):
     after({5: fill, 8: lambda run: (assert_saved(run, [3]), saved(train.folder, "ppo"), free(run))})
     assert train("ppo") == 0
     error = capsys.readouterr().err
-    assert error.count("step-00000006: not saved (No space left on device)") == 1 and "go on" in error
+    assert error.count("step-00000006: not saved (No space left on device)") == 1 and "the run continues" in error
     assert result(train.folder / "ppo") == whole("ppo")
 
 
@@ -693,7 +693,7 @@ def test_a_signal_ends_a_training_within_a_step(worker, material, tmp_path, numb
     worker.kill(number)
     assert worker.wait() == 128 + number and time.monotonic() - start < 2
     assert [steps_done(folder)] == saved(tmp_path / "run", "ppo") and steps_done(folder) - done <= 2
-    assert "--resume goes on" in worker.log.read_text() and "Traceback" not in worker.log.read_text()
+    assert "add --resume to continue it" in worker.log.read_text() and "Traceback" not in worker.log.read_text()
 
 
 def test_a_second_signal_ends_at_once(worker, material, tmp_path):
@@ -703,7 +703,7 @@ def test_a_second_signal_ends_at_once(worker, material, tmp_path):
     wait_for(lambda: saved(tmp_path / "run", "mle"))
     wait_for(lambda: saving(folder))
     worker.kill(signal.SIGTERM)
-    wait_for(lambda: "once more to leave at once" in worker.log.read_text())
+    wait_for(lambda: "press Ctrl-C again to quit now" in worker.log.read_text())
     start = time.monotonic()
     worker.kill(signal.SIGINT)
     assert worker.wait() == 130 and time.monotonic() - start < 0.6
@@ -884,7 +884,7 @@ def test_micro_batches_change_no_update(train, after, tmp_path, stage, size):
 def test_whiten_needs_the_whole_batch(train, capsys):
     """The mean and variance of a part are not those of the batch: refused rather than a little wrong."""
     assert train("ppo", "--whiten", "--micro-batch-size", 2) == 2
-    assert "--whiten needs the whole batch" in capsys.readouterr().err and not train.folder.exists()
+    assert "--whiten needs the advantages of the whole batch" in capsys.readouterr().err and not train.folder.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Both sides have the same random weights, ours in 4 bits: tiny Llamas of llama2.c
 First asserted are the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same
 log-probabilities to 1e-4 (C3).
 
-Each side multiplies as its users' programs do: ours by oneDNN, which lastmile.py chooses (speed.cpu.prefer_onednn), theirs
+Each side multiplies as its users' programs do: ours by oneDNN (speed.cpu.prefer_onednn), theirs
 by torch's default. The last column says what is left where the peer is given the same switch.
 
     .venv-bench/bin/python tests/bench/cpu.py [--sizes 15M,42M] [--only C1,C2,C3] [--runs 3] [--seconds 60]

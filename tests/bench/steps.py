@@ -1,4 +1,4 @@
-"""One step of each training, by the step functions of lastmile.py: its time, its memory, and what --dry-run estimates."""
+"""One step of each training by lastmile.py's step functions: its time, its memory, and what --dry-run estimates."""
 
 import contextlib
 import ctypes
