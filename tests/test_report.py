@@ -177,6 +177,44 @@ def test_token_numbers_are_those_of_ppo(run):
     assert compared > 6 * 6 * 6 * 5
 
 
+def reported(fresh_run, *ppo_flags):
+    """The token numbers of each output, {(input, column): [{name: number}]}, after a short PPO with the given flags."""
+    small = "--train-examples 8 --max-steps 2 --max-new-tokens 24 --learning-rate 3e-2".split()
+    assert fresh_run("ppo", *small, *ppo_flags) == 0
+    assert fresh_run("eval", "--adapters", "base,policy", "--test-examples", 2, "--max-new-tokens", 24) == 0
+    assert fresh_run("report", "--examples", 2) == 0
+    titles = Page((fresh_run.folder / "report.html").read_text()).titles
+    columns = len(titles) // 2
+    return {(i // columns, name): [numbers_of(t) for t in found] for i, (name, found) in enumerate(titles)}
+
+
+def test_the_report_scores_at_the_reward_models_level(fresh_run):
+    """After `reward --level sequence` PPO pays the last token only. The report once scored every token, and showed
+    rewards that PPO had never seen.
+    """
+    flags = "--train-examples 8 --eval-examples 6 --max-steps 4 --level sequence".split()
+    assert fresh_run("reward", *flags) == 0
+    found = reported(fresh_run)
+    assert len(found) == 2 * 4  # reference, base, policy, base cleaned
+    for tokens in found.values():
+        assert all(token["score"] == 0 for token in tokens[:-1])
+    assert any(tokens[-1]["score"] != 0 for tokens in found.values())
+
+
+def test_the_report_scores_with_the_reward_function(fresh_run):
+    """After `ppo --reward rouge` a token's score is the function's, la-rouge1-F1 on the last token, also where an unused
+    reward model is in the run's folder.
+    """
+    flags = "--train-examples 8 --eval-examples 6 --max-steps 4".split()
+    assert fresh_run("reward", *flags) == 0
+    found = reported(fresh_run, "--reward", "rouge")
+    columns = results.read_outputs(fresh_run.folder / "eval")
+    for (i, name), tokens in found.items():
+        expected = lastmile.evaluation.la_rouge1("", columns["reference"][i], columns[name][i])
+        assert [token["score"] for token in tokens[:-1]] == [0] * (len(tokens) - 1)
+        assert tokens[-1]["score"] == pytest.approx(expected, abs=1e-3), (i, name)
+
+
 def test_the_end_of_an_output_is_shown(run):
     """EOS is a token with a reward of its own; what the cap cut has none, and where the penalty begins is marked."""
     texts = [re.sub("<[^>]*>", "", text) for text in (run / "report.html").read_text().split("</p>")]
