@@ -63,7 +63,8 @@ def predict(data, sample, batch_size, decode, progress=iter):
 
     sample: list of prompts -> list of responses. Prompts of like length share a batch, so that little is padded.
     """
-    order = sorted(range(len(data)), key=lambda i: len(data[i].prompt))
+    lengths = [len(datum.prompt) for datum in data]
+    order = sorted(range(len(data)), key=lengths.__getitem__)
     texts = [None] * len(data)
     for start in progress(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]

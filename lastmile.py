@@ -33,27 +33,27 @@ if __name__ == "__main__":
 # took up to a third of a step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from collections import Counter  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
-import torch  # noqa: E402
+import torch
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import model  # noqa: E402
-import ppo  # noqa: E402
-from beyond import hallucinations, reward_function  # noqa: E402
-from formats.errors import UserError  # noqa: E402
-from formats.llama_folder import copy_companions  # noqa: E402
-from formats.tables import PRESETS, clean, encodable  # noqa: E402
-from toy import chatter  # noqa: E402
-from training.checkpoint import adapter_hash  # noqa: E402
-from training.dry_run import dry_run  # noqa: E402
-from training.files import write_json  # noqa: E402
-from training.folders import commit, require, stage_folder  # noqa: E402
-from training.inputs import (  # noqa: E402
+import data
+import eval as evaluation
+import model
+import ppo
+from beyond import reward_function
+from beyond.samples import say_missing, with_negatives
+from formats.errors import UserError
+from formats.llama_folder import copy_companions
+from formats.tables import clean, encodable
+from toy import chatter
+from training.checkpoint import adapter_hash
+from training.dry_run import dry_run
+from training.files import write_json
+from training.folders import commit, require, stage_folder
+from training.inputs import (
     adapter_folder,
     column_names,
     generator,
@@ -63,12 +63,13 @@ from training.inputs import (  # noqa: E402
     open_base,
     open_reward,
     subsample,
+    warn_of_overlap,
 )
-from training.optimizer import Optimizer  # noqa: E402
-from training.results import read_scores, write_predictions, write_scores  # noqa: E402
-from training.run import Run  # noqa: E402
-from training.settings import Eval  # noqa: E402
-from training.terminal import progress, say, warn  # noqa: E402
+from training.optimizer import Optimizer
+from training.results import add_bleurt, read_scores, write_predictions, write_scores
+from training.reward_report import reward_report
+from training.run import Run
+from training.terminal import progress, say
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The base: a small one from scratch, or any Llama to 4 bits
@@ -229,88 +230,6 @@ def average_batch(settings, amounts):
 def mean_or_none(x, mask):
     """Mean of x (B, T) over a mask, None where the mask is empty."""
     return ppo.masked_mean(x, mask).item() if mask.any() else None
-
-
-def with_negatives(settings, llama, tokenizer, samplers, rows, split, round=0):
-    """The rows with the negatives of one round. samplers: {name: adapter} whose samples are more negatives."""
-    seed = data.stream_seed(settings.seed, "round", round) if round else settings.seed
-    samples = {}
-    for name, adapter in samplers.items():
-        if settings.dry_run:
-            samples[f"{name}_sample"] = [[0] * settings.max_new_tokens] * len(rows)
-            continue
-        rng = generator(settings, "samples", split, name, round, device=settings.device)
-        sampler = partial(model.sample, llama, adapter=adapter, max_new_tokens=settings.max_new_tokens, generator=rng)
-        bar = progress(f"reward: samples of {name}")
-        samples[f"{name}_sample"] = evaluation.predict(rows, sampler, Eval.batch_size, list, bar)
-    return data.with_negatives(rows, tokenizer, settings.max_new_tokens, seed, settings.hallucinations, samples)
-
-
-def say_missing(settings, rows, columns):
-    """Print how many rows have no negative of a class, and why."""
-    reasons = dict.fromkeys(data.NEGATIVES, "the output is one word")
-    if settings.hallucinations != "off":
-        reasons["hallucinated"] = "no kind of edit fits the output"
-    for name in columns:
-        reasons[f"{name}_sample"] = "the sample is the true output"
-    made = Counter("hallucinated" if row.kind in hallucinations.KINDS else row.kind for row in rows)
-    for kind, reason in reasons.items():
-        missing = made["positive"] - made[kind]
-        if missing:
-            say(f"negatives: {missing} examples have no {kind} negative: {reason}")
-
-
-def reward_report(settings, llama, rows):
-    """Print held-out scores and return them: {class: {"mean", "auc": of positives against it}}.
-
-    A hallucination with a span also has the mean of its span, and the AUC of the truth's tokens in that place.
-    """
-    scores = {}  # class -> the mean score of each row
-    spans = {}  # class -> (mean of the true tokens, mean of the false ones) of each row
-    truth = None
-    for start in range(0, len(rows), 32):
-        batch = data.collate(rows[start : start + 32], settings.device)
-        with torch.inference_mode():
-            score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
-        scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)
-        means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
-        for b, row in enumerate(batch.rows):
-            scores.setdefault(row.kind, []).append(means[b].item())
-            tokens = score[b][batch.mask[b]]  # (n,)
-            if row.kind == "positive":
-                truth = tokens  # its negatives follow it
-            elif row.span:
-                spans.setdefault(row.kind, []).append(span_means(truth, tokens, row.span))
-    report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
-    for kind in scores:
-        if kind != "positive":
-            report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
-    for kind, pairs in spans.items():
-        true, false = zip(*pairs, strict=True)
-        report[kind]["span_mean"] = sum(false) / len(false)
-        report[kind]["span_auc"] = evaluation.auc(true, false)
-    show_reward_report(report, len(scores["positive"]), bool(spans))
-    return report
-
-
-def span_means(truth, tokens, span):
-    """Mean scores (of the truth in the place of an edit, of the edit); truth, tokens (n,): scores of both responses."""
-    start, end = span
-    end_in_truth = len(truth) - (len(tokens) - end)  # both end with the same tokens
-    place = truth[start : max(start + 1, end_in_truth)]
-    return place.mean().item(), tokens[start:end].mean().item()
-
-
-def show_reward_report(report, n, has_spans):
-    """Print the report as a table, a class a row."""
-    columns = {"mean": "mean score", "auc": "AUC of positives against it"}
-    if has_spans:
-        columns |= {"span_mean": "mean of the span", "span_auc": "AUC of the truth in its place"}
-    lines = [["class", *columns.values()]]
-    for kind, numbers in report.items():
-        lines.append([kind] + [f"{numbers[name]:.3f}" if name in numbers else "" for name in columns])
-    say(f"\nheld out, {n} validation examples:")
-    say(evaluation.markdown(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -490,33 +409,6 @@ def evaluate(settings):
     say(f"\n{rows[0].source}\n\nreference: {references[0]}")
     for name in names:
         say(f"{name}: {columns[name][0]}")
-
-
-def warn_of_overlap(settings, rows):
-    """Warn where test inputs of the user's own data are in the training split, too."""
-    if settings.data in PRESETS:
-        return
-    train = data.load(settings.data, "train", settings.input_column, settings.target_column)
-    sources = {example.source for example in train}
-    seen = sum(row.source in sources for row in rows)
-    if seen:
-        warn(f"{seen} test inputs are in the training split, too")
-
-
-def add_bleurt(settings, examples, columns, references):
-    """Add BLEURT to the metrics of every column, or say why it is not there. Returns the note for the tables."""
-    if settings.bleurt == "none":
-        return "not computed, --bleurt none"
-    try:
-        for name, metrics in examples.items():
-            metrics["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
-    except (ImportError, OSError) as error:
-        for metrics in examples.values():
-            metrics.pop("bleurt", None)
-        reason = str(error).strip().splitlines()[0]
-        print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
-        return f"not computed, {settings.bleurt} could not be loaded"
-    return Path(settings.bleurt).name
 
 
 def show_tables(settings):

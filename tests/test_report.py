@@ -179,8 +179,8 @@ def test_token_numbers_are_those_of_ppo(run):
 
 def reported(fresh_run, *ppo_flags):
     """The token numbers of each output, {(input, column): [{name: number}]}, after a short PPO with the given flags."""
-    small = "--train-examples 8 --max-steps 2 --max-new-tokens 24 --learning-rate 3e-2".split()
-    assert fresh_run("ppo", *small, *ppo_flags) == 0
+    small = "--train-examples 8 --max-steps 2 --max-new-tokens 24 --learning-rate 3e-2"
+    assert fresh_run("ppo", *small.split(), *ppo_flags) == 0
     assert fresh_run("eval", "--adapters", "base,policy", "--test-examples", 2, "--max-new-tokens", 24) == 0
     assert fresh_run("report", "--examples", 2) == 0
     titles = Page((fresh_run.folder / "report.html").read_text()).titles
@@ -192,8 +192,8 @@ def test_the_report_scores_at_the_reward_models_level(fresh_run):
     """After `reward --level sequence` PPO pays the last token only. The report once scored every token, and showed
     rewards that PPO had never seen.
     """
-    flags = "--train-examples 8 --eval-examples 6 --max-steps 4 --level sequence".split()
-    assert fresh_run("reward", *flags) == 0
+    flags = "--train-examples 8 --eval-examples 6 --max-steps 4 --level sequence"
+    assert fresh_run("reward", *flags.split()) == 0
     found = reported(fresh_run)
     assert len(found) == 2 * 4  # reference, base, policy, base cleaned
     for tokens in found.values():
@@ -202,11 +202,11 @@ def test_the_report_scores_at_the_reward_models_level(fresh_run):
 
 
 def test_the_report_scores_with_the_reward_function(fresh_run):
-    """After `ppo --reward rouge` a token's score is the function's, la-rouge1-F1 on the last token, also where an unused
-    reward model is in the run's folder.
+    """After `ppo --reward rouge` the last token's score is la-rouge1-F1 and all others are 0, also where an unused reward
+    model is in the run's folder.
     """
-    flags = "--train-examples 8 --eval-examples 6 --max-steps 4".split()
-    assert fresh_run("reward", *flags) == 0
+    flags = "--train-examples 8 --eval-examples 6 --max-steps 4"
+    assert fresh_run("reward", *flags.split()) == 0
     found = reported(fresh_run, "--reward", "rouge")
     columns = results.read_outputs(fresh_run.folder / "eval")
     for (i, name), tokens in found.items():

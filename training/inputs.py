@@ -11,11 +11,12 @@ from beyond import reward_function
 from formats.errors import UserError
 from formats.files import read_json
 from formats.hub import HUB_ID, fetch
+from formats.tables import PRESETS
 from training.checkpoint import adapter_hash, model_hash
 from training.files import digest
 from training.folders import require
 from training.settings import Reward
-from training.terminal import say
+from training.terminal import say, warn
 
 MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "template.txt"]
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
@@ -94,6 +95,17 @@ def subsample(settings, split, rows, examples):
     say(f"{split}: a random subset of {examples}, seed {settings.seed}")
     order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
     return [rows[i] for i in sorted(order[:examples].tolist())]
+
+
+def warn_of_overlap(settings, rows):
+    """Warn where test inputs of the user's own data are in the training split, too."""
+    if settings.data in PRESETS:
+        return
+    train = data.load(settings.data, "train", settings.input_column, settings.target_column)
+    sources = {example.source for example in train}
+    seen = sum(row.source in sources for row in rows)
+    if seen:
+        warn(f"{seen} test inputs are in the training split, too")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ eval/facts.json                             data, model, seed, commit, number of
 """
 
 import json
+import sys
 from pathlib import Path
 
 import eval as evaluation
@@ -34,6 +35,22 @@ def write_scores(folder, examples, facts, seed):
     write_json(folder / "scores.json", scores)
     write_json(folder / "intervals.json", intervals)
     write_json(folder / "facts.json", facts)
+
+
+def add_bleurt(settings, examples, columns, references):
+    """Add BLEURT to the metrics of every column, or say why it is not there. Returns the note for the tables."""
+    if settings.bleurt == "none":
+        return "not computed, --bleurt none"
+    try:
+        for name, metrics in examples.items():
+            metrics["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
+    except (ImportError, OSError) as error:
+        for metrics in examples.values():
+            metrics.pop("bleurt", None)
+        reason = str(error).strip().splitlines()[0]
+        print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
+        return f"not computed, {settings.bleurt} could not be loaded"
+    return Path(settings.bleurt).name
 
 
 def read_scores(folder):

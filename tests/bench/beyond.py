@@ -19,7 +19,8 @@ os.chdir(Path(__file__).resolve().parents[2])
 sys.path.insert(0, os.getcwd())
 
 import lastmile  # noqa: E402
-from training import command_line, inputs  # noqa: E402
+from beyond import samples  # noqa: E402
+from training import command_line, inputs, reward_report  # noqa: E402
 
 ALL = "--model runs/toy/base --train-examples 600"
 PPO, EVAL = "--epochs 2", "--adapters policy"
@@ -60,8 +61,8 @@ def heldout(row):
     llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", folder_of(row) / "reward", head=True)
     positives = inputs.load_rows(settings, "validation", tokenizer, settings.eval_examples)
-    rows = lastmile.with_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
-    return lastmile.reward_report(settings, llama, rows)
+    rows = samples.with_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
+    return reward_report.reward_report(settings, llama, rows)
 
 
 def policy_line(row, column="policy"):
