@@ -158,7 +158,7 @@ def train_tokenizer(texts, vocab_size, folder):
 class Datum:
     """One prompt with one response. `kind` is "positive" or the name of a class of negatives.
 
-    span: (start, end), the tokens of the response that the label is about, all others being good; None: all of them.
+    span: (start, end), the tokens of the response that the label applies to (the others are good); None: all of them.
     """
 
     id: str
@@ -205,7 +205,7 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
 
 
 def random_tokens(datum, other, tokenizer, limit, rng):
-    """Uniform over ordinary ids, as long as the true response: length alone gives nothing away."""
+    """Uniform over ordinary ids, as long as the true response: so that length is no clue."""
     return [*rng.choices(tokenizer.ordinary, k=len(datum.response) - 1), tokenizer.eos]
 
 
@@ -282,7 +282,7 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
 
 
 def derangement(texts, rng):
-    """A permutation p with texts[p[i]] != texts[i] for every i, as uniform as swapping clashes away allows.
+    """A permutation p with texts[p[i]] != texts[i] for every i, uniform up to the swaps that remove clashes.
 
     Raises UserError where none can exist: one text alone, or one text that fills more than half of the rows.
     """

@@ -1,8 +1,8 @@
 """Evaluation: predictions, the paper's metrics, its two clean-up rules, its two tables.
 
 Five columns are judged (paper, 4.3): base, mle and policy as they come, and base and mle after light cleaning.
-ROUGE rewards a long prediction with recall and a short one with precision; the length-adjusted variants take that back
-(paper, 4.1), with n_p and n_g the whitespace words of the prediction and of the ground truth:
+A long prediction has high recall and a short one high precision; the length-adjusted variants correct for that (paper,
+4.1), with n_p and n_g the whitespace words of the prediction and of the ground truth:
 
     la-recall = recall * min(1, n_g / n_p)        la-precision = precision * min(1, n_p / n_g)
 
@@ -80,7 +80,7 @@ def clean_base(text):
 
 
 def clean_mle(text):
-    """What stands before the first newline (paper, 4.3); stripped first, or a leading newline would leave nothing."""
+    """The text before the first newline (paper, 4.3); stripped first, or a leading newline would leave nothing."""
     return text.strip().split("\n", 1)[0]
 
 

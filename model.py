@@ -8,7 +8,7 @@ Batches are padded on the right. Attention is causal, so no real token ever sees
 an attention mask nor position ids. Sampling prefills the padded prompts in one pass; from then on each row writes its
 next token at its own position, over the padding, and looks at its own past only.
 
-Modules bear the names of the Hugging Face checkpoint, so that loading is a comparison of names and no conversion.
+Modules have the names of the Hugging Face checkpoint, so that loading compares names and converts nothing.
 
 Llama 2: Touvron et al. 2023, arXiv 2307.09288. Rotary positions: Su et al. 2021, arXiv 2104.09864, in the half-split
 layout of Hugging Face: dimension i turns together with i + D/2 (Meta's own files pair 2i with 2i + 1; either loads into
@@ -107,9 +107,9 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens so far: (B, J, S, D) a layer, and how many tokens each row holds.
+    """Keys and values of the tokens so far: (B, J, S, D) a layer, and how many tokens each row has.
 
-    Row b's next token goes to column length[b]. What lies beyond is padding or nothing, and is never looked at.
+    Row b's next token goes to column length[b]. Columns beyond contain padding or nothing, and are never read.
     """
 
     def __init__(self, config, B, S, device, dtype):
@@ -138,7 +138,7 @@ def attend_last(q, k, v, length):
     """Attention of one new token a row to its columns 0 … length[b]: q (B, H, 1, D), k, v (B, J, S, D) -> q's shape.
 
     Two small products: on a CPU a tenth of the time of the fused kernel, which is made for many queries. The queries
-    that share a key head stand under one another.
+    that share a key head are rows of one product.
     """
     (B, H, _, D), (_, J, S, _) = q.shape, k.shape
     beyond = torch.arange(S, device=q.device) > length[:, None]  # (B, S): padding, or nothing yet
@@ -179,7 +179,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, (…, F) both. Keeps the two for backward and makes silu(gate) anew: an eighth less memory."""
+    """silu(gate) * up, (…, F) both. Keeps the two for backward and recomputes silu(gate): an eighth less memory."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -539,7 +539,7 @@ def initialize(config, generator):
     """A dense Llama with fresh weights, ready for pretraining.
 
     Projections: normal, std 1/sqrt(inputs), the two that write to the residual stream smaller by sqrt(2 x blocks).
-    Embeddings: std 1, so that a small model tells its tokens apart from the first step; with the usual 0.02 it
+    Embeddings: std 1, so that a small model distinguishes its tokens from the first step; with the usual 0.02 it
     learns to copy from its input much later.
     """
     llama = Llama(config)

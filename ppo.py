@@ -6,11 +6,11 @@ An output token is an action, the tokens before it are the state. Column t of ev
     logp                   | log pi(a|p) …  |        read at the hidden state of token t - 1, before the action
     value                  | V(p) …         |        read there too: the state before the action
     reward                 | r(p a) …       |        read at token t itself: the state after the action
-    adv, ret               | eq. 2, eq. 4   |        the next state's value stands in the next column
+    adv, ret               | eq. 2, eq. 4   |        the next state's value is in the next column
 
 The paper counts states from s_0, the prompt: its r_{t'+1} and V(s_{t'}) are `reward` and `value` of the same column
 here, V(s_{t'+1}) is the next column's value. Beyond the response all is 0, which makes V(s_T) = 0 after the last token,
-be it EOS or the cap. Everything is fp32; what lies outside the mask changes nothing.
+be it EOS or the cap. Everything is fp32; values outside of the mask change nothing.
 
 The functions take the model and the sampler as arguments: this file knows tensors, not networks.
 
@@ -183,7 +183,7 @@ def token_entropy(logits, batch):
 
 
 def actor_critic(llama, batch, entropy_learns=False):
-    """Policy and value in ONE pass: their rows stand under one another over the shared base.
+    """Policy and value in ONE pass: their rows are stacked in one batch over the shared base.
 
     The adapters differ, the base does not: each of its products (and each dequantisation) is done once for both.
     Returns logp, entropy and value, all (B, T). entropy_learns: whether the loss has an entropy term; without, nothing

@@ -15,11 +15,11 @@ Eight 4-bit numbers share an int32, the first in the lowest bits:
 Worked example: the rows 1, 2, ..., 8 of one column pack into the word 0x87654321.
 
 The trap of the format: checkpoints of version 1 ("gptq", nearly all there are) store z - 1, so zero_offset is 1;
-version 2 ("gptq_v2") stores z, so zero_offset is 0. Some files bear the wrong label; `find_zero_offset` looks.
+version 2 ("gptq_v2") stores z, so zero_offset is 0. Some labels are wrong; see `formats.gptq.find_zero_offset`.
 
 `QuantLinear` is frozen. Its backward yields the gradient of the input only, from the packed tensors: a base that kept
 its dequantised weights for backward would not be a 4-bit base. On a CPU the weights are dequantised once and kept, the
-fastest there for models that fit. On a GPU the words are laid out anew (`Tiles`), and a Triton kernel multiplies
+fastest there for models that fit. On a GPU the words are rearranged (`Tiles`), and a Triton kernel multiplies
 straight from them when there are few rows (decoding); with many rows (training) it pays to dequantise into a scratch
 matrix and leave the product to cuBLAS.
 
@@ -70,10 +70,6 @@ def dequantize(qweight, qzeros, scales, g_idx, zero_offset):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a checkpoint says of itself, and what it holds
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The tiles, in plain torch
 
 
@@ -94,7 +90,7 @@ class Tiles(NamedTuple):
 
     words: torch.Tensor  # (T, P, 16) int32
     steps: torch.Tensor  # (4 T / slots, P) int32: one for 4, 2 or 1 slots, groups of 128 rows or more, 64, 32
-    order: torch.Tensor  # (128 T,) int32: the row of W that lies here, K for padding
+    order: torch.Tensor  # (128 T,) int32: the row of W at this place, K for padding
     gather: bool  # whether that is anything but 0, 1, 2, ...: the columns of x must follow
     K: int
     N: int
@@ -127,7 +123,7 @@ def from_tiles(tiles):
     T, P, _ = tiles.words.shape
     q = unpack_rows(tiles.words.transpose(1, 2).flatten(0, 1))  # (128 T, P), by tile, word, half and slot
     q = q.view(T, 16, 2, 4, P).permute(0, 3, 1, 2, 4).flatten(0, 3)  # (128 T, P), by tile, slot, word and half
-    position = tiles.order.argsort()[: tiles.K]  # (K,) where each row of W lies
+    position = tiles.order.argsort()[: tiles.K]  # (K,) the place of each row of W
     return pack_rows(q[position, : tiles.N])
 
 
@@ -189,7 +185,7 @@ if triton:
         """The rows of a slot, (BLOCK_N, 16) words -> (BLOCK_N, 32): 128 + q in bf16, 1024 + q in fp16, q in fp32.
 
         The last four bits of the bf16 0x4300 = 128 count ones, as do those of the fp16 0x6400 = 1024: a nibble needs
-        only be or-ed in, two at a time. Joining the halves costs nothing, they lie as the tensor cores read them.
+        only be or-ed in, two at a time. Joining the halves costs nothing: the tensor cores read them in this order.
         """
         half: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
         pair = ((word >> (4 * slot)) & 0x000F000F) | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
@@ -315,7 +311,7 @@ class Dense:
     """What a layer and several joined ones have in common: their dense weight."""
 
     def weight(self, dtype, shared=False):
-        """The dense weight (K, N): on a CPU made once and kept, on a GPU made anew for each product.
+        """The dense weight (K, N): on a CPU made once and kept, on a GPU made again for each product.
 
         shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
         """
@@ -328,7 +324,7 @@ class Dense:
 
 
 class Joined(Dense):
-    """Layers of one input as one: their columns lie side by side in one memory, of which each has a view as its own.
+    """Layers of one input as one: their columns are side by side in one tensor, and each layer has a view of its part.
 
     One product for q, k, v and one for gate, up: fewer kernels to launch, and act-order's gather is done once.
     """
@@ -367,7 +363,7 @@ class Joined(Dense):
 
 
 class QuantLinear(Dense, nn.Module):
-    """A frozen 4-bit linear layer, K inputs to N outputs; stands where an nn.Linear(K, N) would.
+    """A frozen 4-bit linear layer, K inputs to N outputs; it replaces an nn.Linear(K, N).
 
     Its buffers are the tensors of the file. On a GPU the first product replaces qweight by tiles, so that the weights
     are in memory once; saving and moving to another device bring it back.

@@ -8,7 +8,7 @@ import os
 import re
 
 KINDS = "speaker", "name", "number", "time", "negation", "object"
-CALENDAR = [  # each line: words that can stand in one another's place
+CALENDAR = [  # each line: words that can replace one another
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "today tonight tomorrow yesterday",
     "January February March April May June July August September October November December",
     "morning afternoon evening", "noon midnight dawn dusk", "week weekend month year", "hour day",
@@ -19,7 +19,7 @@ COMMON = [
     "just like more most much only other over same should some such than that their them then there these they this "
     "those through together under until very want wants were what when where which while will with would your"
 ]
-PLAIN = set(" ".join(CALENDAR + NUMBERS + COMMON).split())  # neither the name of anyone nor of a thing
+PLAIN = set(" ".join(CALENDAR + NUMBERS + COMMON).split())  # neither a name nor a thing
 DIGITS = r"(?P<hour>[0-9]{1,2}(?=[:.][0-9]{2}\b| ?[ap]\.?m\b| o['’]clock))([:.][0-9]{2})?|[0-9]+\b"
 VERBS = "(want|like|need|love|know|think|agree|believe|plan|hope|feel|work|live|remember)"
 NEGATIONS = [  # (pattern, what it becomes)
@@ -32,7 +32,7 @@ NEGATIONS = [  # (pattern, what it becomes)
 
 
 def swaps(text, words, pool):
-    """Each place where one of the words stands in a text, with each other word of the pool: (start, end, other)."""
+    """Each place of one of the words in a text, with each other word of the pool: (start, end, other)."""
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     places = re.finditer(rf"(?<!\w)(?:{either})(?!\w)", text) if words else ()
     return [(*place.span(), word) for place in places for word in pool if word != place[0]]

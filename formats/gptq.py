@@ -17,7 +17,7 @@ TAKE_ANOTHER = "take a 4-bit GPTQ version of the model, or make one: python last
 
 
 def read_quantize_config(found):
-    """The settings of a 4-bit GPTQ checkpoint, from all the files that may hold them.
+    """The settings of a 4-bit GPTQ checkpoint, from all the files that may contain them.
 
     found: {file: its dict}; several files, and several spellings in one file, must agree. Keys that do not change how
     the tensors are read are skipped. Returns {"group_size", "act_order", "sym" (None: not said), "zero_offset"},
@@ -65,7 +65,7 @@ def find_zero_offset(qzeros, claimed, sym):
     """Decide by the label and by the zero points themselves: (zero_offset, a warning or "").
 
     qzeros: the packed zeros of all layers; claimed: the label's zero_offset; sym: True, False or None (not said). A
-    symmetric checkpoint holds 7 everywhere in version 1 and 8 in version 2, whatever its label (vllm issue 38966).
+    symmetric checkpoint contains 7 everywhere in version 1 and 8 in version 2, whatever its label (vllm issue 38966).
     Raises UserError for a 15 in version 1: its z is 16 to some programs and 0 to others, who wrote it is not known.
     """
     count = sum(unpack_rows(z).flatten().bincount(minlength=16) for z in qzeros)  # (16,)

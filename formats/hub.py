@@ -24,12 +24,12 @@ def fetch(repo, revision, patterns, kind):
 
     what, own = f"{kind} {repo}@{revision}", "--data FOLDER" if kind == "dataset" else "--model FOLDER"
     ignored = ["*consolidated*"] if any("/" in pattern for pattern in patterns) else ["*consolidated*", "*/*"]
-    # A broken download leaves some of its files, and without the Hub nobody can tell what lacks: hence this mark.
+    # A broken download leaves some of its files, and offline nobody can know which are missing: hence this mark.
     place = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo}".replace("/", "--")
     mark = hashlib.sha256(repr((revision, patterns)).encode()).hexdigest()[:16]
     unfinished = place / f"unfinished-{mark}"
     try:
-        try:  # snapshot_download alone would wait for ever on a server that does not answer
+        try:  # snapshot_download alone would wait forever for a server that does not answer
             HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10)
             reached = True
         except (ConnectionError, requests.ConnectionError, requests.Timeout):
@@ -39,7 +39,7 @@ def fetch(repo, revision, patterns, kind):
                 place.mkdir(parents=True, exist_ok=True)
                 unfinished.touch()
         elif unfinished.exists():
-            raise errors.LocalEntryNotFoundError("only a part of it is")
+            raise errors.LocalEntryNotFoundError("partly cached")
         folder = snapshot_download(
             repo, repo_type=kind, revision=revision, allow_patterns=patterns, ignore_patterns=ignored,
             local_files_only=not reached,
@@ -48,7 +48,7 @@ def fetch(repo, revision, patterns, kind):
             unfinished.unlink()
         if any(Path(folder).glob(patterns[0])):
             return Path(folder)
-        problem = f"no {patterns[0]} could be had; name files of your own: {own}"
+        problem = f"no {patterns[0]} was found; name files of your own: {own}"
     except errors.GatedRepoError:
         problem = "its owner must grant you access; ask for it on the model's page and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -56,9 +56,9 @@ def fetch(repo, revision, patterns, kind):
     except errors.RevisionNotFoundError:
         problem = "the Hub has no such revision; see the branches on its page"
     except errors.LocalEntryNotFoundError:
-        problem = f"not wholly in the cache, and the Hub cannot be reached; connect, or name files of your own: {own}"
+        problem = f"only partly cached, and the Hub cannot be reached; connect, or name files of your own: {own}"
     except errors.HFValidationError as error:
         problem = str(error)
     except requests.RequestException as error:
-        problem = f"the download broke off ({type(error).__name__}); run the same command again, it goes on from there"
+        problem = f"the download broke off ({type(error).__name__}); run the same command again to continue it"
     raise UserError(f"{what}: {problem}")

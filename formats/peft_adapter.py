@@ -27,7 +27,7 @@ def write(module, name, folder, base_name, head=None, base_hash=""):
 
     base_name: the base's folder, or owner/name[@revision] of the Hub, which PEFT wants apart.
     head: (1, C) parameter of a scalar head, saved as `score` of a SEQ_CLS adapter; None for a language model.
-    base_hash: what tells this base from others of its shape, kept beside them in base.sha256.
+    base_hash: identifies this base among others of its shape; written to base.sha256.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from formats.hub import fetch
 
 @dataclass(frozen=True)
 class Preset:
-    """A data set of the Hugging Face Hub; in `files`, {split} stands for train, validation or test."""
+    """A data set of the Hugging Face Hub; in `files`, {split} is replaced by train, validation or test."""
 
     repo: str
     files: str

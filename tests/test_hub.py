@@ -134,7 +134,7 @@ def test_offline_with_a_full_cache(hub, offline, capsys):
     assert lastmile.main([*SAMPLE, "--model", "owner/tiny"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second and hub.requests == []
-    assert "owner/tiny@gptq-4bit-32g: not wholly in the cache" in one_line(
+    assert "owner/tiny@gptq-4bit-32g: only partly cached" in one_line(
         capsys, *SAMPLE, "--model", "owner/tiny@gptq-4bit-32g"
     )
 
@@ -155,7 +155,7 @@ def test_the_hub_is_down(hub, capsys):
     assert lastmile.main([*SAMPLE, "--model", "owner/tiny"]) == 0
     capsys.readouterr()
     error = one_line(capsys, *SAMPLE, "--model", "owner/other")
-    assert "model owner/other@main: not wholly in the cache, and the Hub cannot be reached; connect" in error
+    assert "model owner/other@main: only partly cached, and the Hub cannot be reached; connect" in error
     assert "--model FOLDER" in error
 
 
@@ -169,7 +169,7 @@ def test_the_hub_is_down(hub, capsys):
             "owner/gated",
             "owner/gated@main: its owner must grant you access; ask for it on the model's page and set HF_",
         ),
-        ("owner/pickles", "owner/pickles@main: no *.safetensors could be had; name files of your own: --model FOLDER"),
+        ("owner/pickles", "owner/pickles@main: no *.safetensors was found; name files of your own: --model FOLDER"),
         ("owner/bad--name", "owner/bad--name@main: Cannot have -- or .. in repo_id"),
         ("../owner", "../owner: no such model folder"),
         ("./tiny", "tiny: no such model folder"),
@@ -190,7 +190,7 @@ def test_offline_without_a_cache(hub, offline, capsys):
     """HF_HUB_OFFLINE=1 and nothing cached: refused with the repository's name, at once and without a request."""
     offline()
     error = one_line(capsys, *SAMPLE, "--model", "owner/tiny")
-    assert "model owner/tiny@main: not wholly in the cache, and the Hub cannot be reached; connect" in error
+    assert "model owner/tiny@main: only partly cached, and the Hub cannot be reached; connect" in error
     assert hub.requests == []
 
 
@@ -207,7 +207,7 @@ def test_a_download_that_breaks_off(hub, offline, cut, capsys):
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         _http.reset_sessions()
         error = one_line(capsys, *SAMPLE, "--model", "owner/tiny")
-        assert "model owner/tiny@main: not wholly in the cache" in error and hub.requests == []
+        assert "model owner/tiny@main: only partly cached" in error and hub.requests == []
     _http.reset_sessions()
     hub.cut = None
     assert lastmile.main([*SAMPLE, "--model", "owner/tiny"]) == 0
@@ -224,7 +224,7 @@ def test_a_half_model_has_other_ends(hub, offline, capsys):
     assert "the download broke off" in one_line(capsys, *SAMPLE, "--model", "owner/tiny")
     (folder,) = (hub.cache / "models--owner--tiny/snapshots").iterdir()
     offline()
-    assert "not wholly in the cache" in one_line(capsys, *SAMPLE, "--model", "owner/tiny")
+    assert "only partly cached" in one_line(capsys, *SAMPLE, "--model", "owner/tiny")
     assert not (folder / "generation_config.json").exists()
 
 
@@ -278,7 +278,7 @@ def test_samsum_of_the_hub(hub, offline):
     hub.requests.clear()
     offline()
     assert data.load("samsum", "train") == expected and hub.requests == []
-    with pytest.raises(ValueError, match=r"dataset knkarthick/samsum@main: no test\.csv could be had; .*--data FOLDER"):
+    with pytest.raises(ValueError, match=r"dataset knkarthick/samsum@main: no test\.csv was found; .*--data FOLDER"):
         data.load("samsum", "test")
 
 
@@ -331,14 +331,12 @@ def test_data_sets_that_cannot_be_had(hub, offline, capsys):
     assert "dataset knkarthick/dialogsum@main: not on the Hub, or private" in error and "--data FOLDER" in error
     hub.repos["datasets"]["knkarthick/dialogsum"] = {"main": {"test.csv": b"dialogue,summary\na,b\n"}}
     error = one_line(capsys, *flags)
-    assert (
-        "dataset knkarthick/dialogsum@main: no train.csv could be had; name files of your own: --data FOLDER" in error
-    )
+    assert "dataset knkarthick/dialogsum@main: no train.csv was found; name files of your own: --data FOLDER" in error
     hub.repos["datasets"]["knkarthick/dialogsum"]["main"]["train.csv"] = b"<html>"
     assert re.search(r"train\.csv: no rows|train\.csv.*cannot tell", one_line(capsys, *flags))
     offline()
     error = one_line(capsys, *flags[:2], "samsum", *flags[3:])
-    assert "dataset knkarthick/samsum@main: not wholly in the cache, and the Hub cannot be reached" in error
+    assert "dataset knkarthick/samsum@main: only partly cached, and the Hub cannot be reached" in error
 
 
 def test_a_folder_of_data_wins_over_the_hub(hub, tmp_path):

@@ -202,8 +202,8 @@ def test_the_report_scores_at_the_reward_models_level(fresh_run):
 
 
 def test_the_report_scores_with_the_reward_function(fresh_run):
-    """After `ppo --reward rouge` the last token's score is la-rouge1-F1 and all others are 0, also where an unused reward
-    model is in the run's folder.
+    """After `ppo --reward rouge` the last token's score is la-rouge1-F1, all others are 0, and the reward model that
+    the run's folder also has is not used.
     """
     flags = "--train-examples 8 --eval-examples 6 --max-steps 4"
     assert fresh_run("reward", *flags.split()) == 0

@@ -89,7 +89,7 @@ def toy_dialogue(plan, rng):
 
 
 def toy_summary(plan):
-    """The reference: one sentence that holds the plan as it stands at the end."""
+    """The reference: one sentence with the final plan."""
     a, b, activity = plan["a"], plan["b"], plan["activity"]
     if not plan["agreed"]:
         return f"{b} does not want to {activity} with {a} {plan['time']}."

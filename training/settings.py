@@ -124,9 +124,9 @@ class Quantize(Common):
     """any fp16 or fp32 Llama folder to 4 bits by GPTQ"""
 
     group_size: int = opt(128, "weights that share a scale; -1: a whole column", toy=32, least=-1)
-    act_order: bool = opt(False, "quantise columns of large activation first: more exact, slower to unpack")
-    damp: float = opt(0.01, "share of the mean Hessian diagonal added to it", above=0)
-    calibration_examples: int = opt(128, "training inputs that calibrate", least=1)
+    act_order: bool = opt(False, "quantize columns of large activation first: more exact, slower to unpack")
+    damp: float = opt(0.01, "add this share of the mean of the Hessian's diagonal to it", above=0)
+    calibration_examples: int = opt(128, "training examples that calibrate", least=1)
 
 
 @dataclass(frozen=True)
@@ -147,21 +147,21 @@ class Reward(Training):
     batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
     epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
-    eval_examples: int = opt(200, "validation examples behind the held-out report", least=2)
+    eval_examples: int = opt(200, "validation examples in the held-out report", least=2)
     level: str = opt(
         "token",
-        "what is scored: each token (P 3.2), or the sequence, by its last token (beyond P)",
+        "score each token (P 3.2), or the sequence by its last token (beyond P)",
         choices=("token", "sequence"),
     )
     hallucinations: str = opt(
         "off",
-        "more negatives: the truth with one edit, bad on the edit's span or on the whole sequence (beyond P)",
+        "more negatives: the truth with one edit; labelled bad: its span, or the whole sequence (beyond P)",
         choices=("off", "span", "sequence"),
     )
     samples: str = opt(
-        "", "more negatives: samples of these for the same inputs, among base, mle and policy (beyond P)"
+        "", "more negatives: what these answer to the same inputs, among base, mle and policy (beyond P)"
     )
-    rounds: int = opt(1, "make the negatives that often, each time others, and learn from all (beyond P)", least=1)
+    rounds: int = opt(1, "rounds of freshly drawn negatives, each used once (beyond P)", least=1)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Eval(Common):
 
     adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
     batch_size: int = opt(32, "rows a sampling batch", least=1)
-    test_examples: int = opt(0, "test examples drawn by seed; 0: all, of xsum 3,000 (P 4.2)", least=0)
+    test_examples: int = opt(0, "random subset of the test examples; 0: all, of xsum 3,000 (P 4.2)", least=0)
     bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to download, or none", toy="none")
 
 
@@ -214,14 +214,14 @@ class Tables(Common):
 class Report(Common):
     """one HTML page: curves, tables, lengths, outputs token by token"""
 
-    examples: int = opt(6, "test inputs shown token by token, drawn by seed; 0: none, and no model is read", least=0)
+    examples: int = opt(6, "random test inputs to show token by token; 0: none, and no model is loaded", least=0)
 
 
 @dataclass(frozen=True)
 class Sample(Common):
     """the summary of a text, given as an argument or on standard input"""
 
-    adapter: str = opt("policy", "who answers: base, mle, policy, or an adapter folder")
+    adapter: str = opt("policy", "adapter that answers: base, mle, policy, or a folder")
     temperature: float = opt(0.0, "0: greedy", least=0)
     top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
     top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
@@ -231,7 +231,7 @@ class Sample(Common):
 class Merge(Common):
     """base and adapter as one fp16 model folder"""
 
-    adapter: str = opt("policy", "what to fold into the base: mle, policy, or an adapter folder")
+    adapter: str = opt("policy", "adapter to merge into the base: mle, policy, or a folder")
 
 
 COMMANDS = {
