@@ -293,12 +293,9 @@ def train_ppo(settings):
                 truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
                 if not truth:
                     rng = generator(settings, "rollout", step, device=settings.device)
-                    batch = ppo.rollout(
-                        batch,
-                        partial(
-                            model.sample, llama, adapter="policy", max_new_tokens=settings.max_new_tokens, generator=rng
-                        ),
-                    )
+                    limit = settings.max_new_tokens
+                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, generator=rng)
+                    batch = ppo.rollout(batch, sampler)
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
                 numbers = ppo_step(llama, batch, optimizer, rate, score, settings, log_kl)
