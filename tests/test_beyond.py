@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_lastmile import exit_code, journal, learned
+from helpers import exit_code, journal, learned
 
 import data
 import lastmile

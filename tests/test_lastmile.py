@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
+from helpers import contents, dense_twin, exit_code, journal, learned
 from hub import Hub
 from safetensors.torch import load_file
-from test_quant import dense_twin
 
 import lastmile
 from formats import llama_folder
@@ -23,30 +23,6 @@ from training import run as run_module
 from training import settings as settings_module
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
-
-
-def exit_code(run, *arguments):
-    """What the process would end with: argparse raises it, the stages return it."""
-    try:
-        return run(*arguments)
-    except SystemExit as stop:
-        return stop.code
-
-
-def journal(folder):
-    """metrics.jsonl as a list; NaN is refused, as it is no JSON and most readers could not open the file."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in {folder}")) for line in lines]
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-def learned(folder):
-    """What training leaves: adapters and log, without config.json, in which the output folder is named."""
-    names = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
-    return {str(path.relative_to(folder)): path.read_bytes() for name in names for path in folder.rglob(name)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import dense_twin, packed_folder
 from safetensors.torch import load_file, save_file
-from test_quant import dense_twin, packed_folder
 from torch.utils.checkpoint import checkpoint
 
 import lora

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import damage_folder, packed_folder
 from safetensors.torch import load_file, save_file
-from test_quant import damage_folder, packed_folder
 
 import model
 from formats import llama_folder

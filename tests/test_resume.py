@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import contents, exit_code, journal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_lastmile import contents, exit_code, journal
 
 import lastmile
 from formats import llama_folder
