@@ -280,7 +280,7 @@ def train_ppo(settings):
         train_missing_reward(settings)
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", tokenizer, settings.train_examples)
-        score, depends_on = open_reward(settings, llama, tokenizer, trial=rows[0])
+        score, depends_on = open_reward(settings, llama, tokenizer, rows)
         depends_on |= add_actors(settings, llama)
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["policy", "value"])
@@ -396,11 +396,15 @@ def evaluate(settings):
             write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
         references = [row.target for row in rows]
         columns = evaluation.with_cleaned(predictions)
-        examples = {name: evaluation.metrics_by_example(texts, references) for name, texts in columns.items()}
+        words = settings.rouge_tokenizer
+        if words == "auto":
+            words = evaluation.choose_tokenizer(references)
+            say(f"eval: the references call for the {words} tokenizer; choose another by --rouge-tokenizer")
+        examples = {name: evaluation.metrics_by_example(texts, references, words) for name, texts in columns.items()}
         note = add_bleurt(settings, examples, columns, references)
         facts = {
             "data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
-            "n": len(rows), "bleurt": note,
+            "n": len(rows), "bleurt": note, "rouge_tokenizer": words,
         }  # fmt: skip
         write_scores(folder, examples, facts, settings.seed)
     say(f"\n{rows[0].source}\n\nreference: {references[0]}")

@@ -8,6 +8,7 @@ PPO itself stay as they are: only the source of the reward changes.
 Dimensions: B batch, T time.
 """
 
+import functools
 import importlib
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import eval as evaluation
 from formats.errors import UserError
 
 BUILT_IN = {"rouge": "eval:la_rouge1"}
@@ -28,8 +30,10 @@ def is_function(name):
     return re.fullmatch(r"[\w.]+:\w+", BUILT_IN.get(name, name)) is not None
 
 
-def load(name):
+def load(name, references=()):
     """(function, file) for a value of --reward; file: the Path of its module, or None.
+
+    references: the true outputs of the data set; "rouge" chooses its tokenizer by them, once for all.
 
     The module is searched in the current folder first, then among the installed packages. The function's results are
     checked at each call. Raises UserError where it cannot be imported, fails, or returns anything but finite numbers.
@@ -41,6 +45,8 @@ def load(name):
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: cannot import it: {type(error).__name__}: {error}") from error
     file = getattr(sys.modules[module_name], "__file__", None)
+    if name == "rouge":
+        function = functools.partial(function, tokenizer=evaluation.choose_tokenizer(references))
 
     def checked(source, reference, prediction):
         where = f"--reward {name}, called with {source!r:.60}, {reference!r:.60}, {prediction!r:.60}"

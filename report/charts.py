@@ -6,7 +6,7 @@ The colours are CSS variables of the page, so that the charts follow its light a
 import math
 import statistics
 
-from eval import COLUMNS
+from eval import COLUMNS, count_words
 from report.template import macros
 
 STAGES = ("pretrain", "reward", "mle", "ppo")
@@ -161,9 +161,12 @@ def limits(series):
 # Histograms of lengths
 
 
-def histograms(columns):
-    """(charts, words a bar): words an output of each column, the reference outlined in each. columns: {name: texts}."""
-    words = {name: [len(text.split()) for text in texts] for name, texts in columns.items()}
+def histograms(columns, tokenizer):
+    """(charts, words a bar): words an output of each column, the reference outlined in each.
+
+    columns: {name: texts}; tokenizer: whose words are counted, see eval.count_words.
+    """
+    words = {name: [count_words(text, tokenizer) for text in texts] for name, texts in columns.items()}
     longest = max(max(counts) for counts in words.values())
     width = longest // 40 + 1  # words a bar
     shares = {name: shares_of(counts, width, longest // width + 1) for name, counts in words.items()}

@@ -33,7 +33,8 @@ def examine(settings, columns, rows):
             example["outputs"] = {name: {"tokens": [{"text": columns[name][i]}], "cut": False} for name in shown}
         return examples, "There is no reward model in this run, so the outputs have no numbers."
     llama, tokenizer = open_base(settings)
-    score, _ = open_reward(ppo_settings, llama, tokenizer)
+    examples_of_run = list(map(data.Example, columns["id"], columns["source"], columns["reference"]))
+    score, _ = open_reward(ppo_settings, llama, tokenizer, examples_of_run)
     has_value = (run / "ppo" / "value").is_dir()
     if has_value:
         llama.load_adapter("value", run / "ppo" / "value", head=True)

@@ -55,9 +55,9 @@ def split_cells(rows):
     return found
 
 
-def lengths(columns):
-    """Histograms of words an output; columns: {name: texts}, the reference among them."""
-    charts, width = histograms(columns)
+def lengths(columns, tokenizer="ascii"):
+    """Histograms of words an output; columns: {name: texts}, the reference among them; tokenizer: eval's."""
+    charts, width = histograms(columns, tokenizer)
     return Section("lengths", "Output lengths", macros().lengths(len(columns["reference"]), width, charts))
 
 

@@ -45,7 +45,7 @@ def sections_of(settings, run):
         columns = read_outputs(run / "eval")
         texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
         sections.append(page.tables(*found))
-        sections.append(page.lengths(texts))
+        sections.append(page.lengths(texts, found[2].get("rouge_tokenizer", "ascii")))
         if settings.examples:
             rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)
             sections.append(page.gallery(*examine(settings, columns, rows)))

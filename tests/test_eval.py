@@ -10,6 +10,7 @@ from rouge_score import rouge_scorer
 
 import data
 import eval as ev
+from beyond import reward_function
 
 WORDS = ["amy", "ben", "chess", "park", "noon", "friday", "the", "a", "at", "will", "meet", "play", "go", "cake"]
 
@@ -256,3 +257,65 @@ def test_bleurt_cuts_long_pairs(checkpoint):
     long, longer, other = " ".join(words[:1500]), " ".join(words), " ".join(words[1500:])
     scores = ev.bleurt([long, longer, other], ["amy at noon"] * 3, checkpoint)
     assert scores[0] == pytest.approx(scores[1], abs=1e-5) and abs(scores[0] - scores[2]) > 1e-3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Languages
+
+SAME = {
+    "Russian": "Анна встретит Ивана в парке в шесть.",
+    "Chinese": "安娜六点在公园见伊万。",
+    "Thai": "แอนนาจะพบอีวานที่สวนสาธารณะ",
+    "Arabic": "ستقابل آنا إيفان في الحديقة.",
+    "Greek": "Η Άννα θα συναντήσει τον Ιβάν στο πάρκο.",
+    "Hindi": "अन्ना पार्क में इवान से मिलेगी।",
+}
+
+
+@pytest.mark.parametrize("language", SAME)
+def test_identical_texts_score_one_in_every_language(language):
+    """rouge-score's tokenizer keeps a-z and 0-9 only: identical texts in other scripts scored 0, in silence."""
+    text = SAME[language]
+    scores = ev.metrics([text], [text])
+    assert {scores[f"{rouge}-F1"] for rouge in ev.ROUGES} == {1.0} and scores["excess_length"] == 0
+    assert ev.metrics([text], [text], "ascii")["rouge1-F1"] == 0
+    assert reward_function.load("rouge", [text])[0]("", text, text) == 1.0
+
+
+def test_umlauts_are_letters():
+    """ "fär" against "für" scored 1: both became "f r"."""
+    german = "Anna trifft Jürgen um sechs im Park für eine Stunde."
+    wrong = german.replace("für", "fär")
+    n = len(german.split())
+    assert ev.metrics([wrong], [german])["rouge1-F1"] == pytest.approx((n - 1) / n)
+
+
+def test_chinese_lengths_are_characters():
+    """A text five times too long in a script without spaces has one "word" between spaces; its characters count."""
+    text = SAME["Chinese"]
+    scores = ev.metrics([text * 5], [text])
+    assert scores["excess_length"] == 4 * 10 and scores["la-rouge1-F1"] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("language", SAME)
+def test_length_adjustment_is_matches_over_the_longer_text(language):
+    """Units of ROUGE and of lengths are the same, so that la-ROUGE is matches / max(n_p, n_g) in every language."""
+    text = SAME[language]
+    n = ev.count_words(text, "unicode")
+    longer = ev.metrics([f"{text} {text}"], [text])
+    assert longer["la-rouge1-F1"] == pytest.approx(n / (2 * n))
+    assert longer["la-rouge1-precision"] == longer["la-rouge1-recall"]
+
+
+def test_english_scores_do_not_move(shared):
+    """SAMSum and XSum have a few accents and emoji; auto must choose the paper's tokenizer, with the very same scores."""
+    for name in ("samsum", f"{shared}/data/xsum_test_1000.jsonl"):
+        rows = data.load(f"{shared}/data/{name}" if name == "samsum" else name, "test")
+        references = [row.target for row in rows][:200]
+        assert ev.choose_tokenizer([row.target for row in rows]) == "ascii"
+        predictions = [row.source[:150] for row in rows][:200]
+        auto = ev.metrics_by_example(predictions, references)
+        scorer = rouge_scorer.RougeScorer(ev.ROUGES, use_stemmer=False)
+        for i, (reference, prediction) in enumerate(zip(references, predictions, strict=True)):
+            assert auto["rouge1-F1"][i] == scorer.score(reference, prediction)["rouge1"].fmeasure
+            assert auto["excess_length"][i] == len(prediction.split()) - len(reference.split())

@@ -151,18 +151,18 @@ def new_adapter(settings, llama, name, stream, head=None):
 # The reward
 
 
-def open_reward(settings, llama, tokenizer, trial=None):
+def open_reward(settings, llama, tokenizer, rows=()):
     """(score, depends_on) for --reward: score(batch) -> (B, T), the reward of every response token.
 
     The reward model of a folder, at the level it was trained for, or a Python function. depends_on: {name: hash} of
-    what the scores depend on. The PPO loop and the report both score with this. trial: a Datum to call a function on at
-    once, with the true output and with none, so that it fails here and not after hours of training.
+    what the scores depend on. The PPO loop and the report both score with this. rows: the data set; a function is tried
+    on the first row, with the true output and with none, so that it fails here and not after hours of training.
     """
     if reward_function.is_function(settings.reward):
-        function, file = reward_function.load(settings.reward)
-        if trial:
-            function(trial.source, trial.target, trial.target)
-            function(trial.source, trial.target, "")
+        function, file = reward_function.load(settings.reward, [row.target for row in rows])
+        for row in rows[:1]:
+            function(row.source, row.target, row.target)
+            function(row.source, row.target, "")
 
         def score(batch):
             return reward_function.token_scores(function, batch, tokenizer.decode)

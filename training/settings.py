@@ -202,6 +202,11 @@ class Eval(Common):
     adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
     batch_size: int = opt(32, "rows a sampling batch", least=1)
     test_examples: int = opt(0, "random subset of the test examples; 0: all, of xsum 3,000 (P 4.2)", least=0)
+    rouge_tokenizer: str = opt(
+        "auto",
+        "words that ROUGE and lengths count: ascii (the paper's), unicode, or auto: by the letters of the references",
+        choices=("auto", "ascii", "unicode"),
+    )
     bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to download, or none", toy="none")
 
 
