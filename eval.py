@@ -46,6 +46,7 @@ rougeL-precision    0.16 0.35 0.41 0.20 0.40   0.09 0.13 0.33 0.10 0.35
 rougeL-recall       0.50 0.49 0.46 0.49 0.48   0.31 0.40 0.31 0.30 0.32
 """
 PAPER_DATA = ("samsum", "xsum")
+NAMES = {"samsum": "SAMSum", "xsum": "XSum"}
 
 
 def paper_numbers(data):
@@ -230,23 +231,34 @@ def auc(positive, negative):
 # Tables
 
 
-def cells(scores, intervals, facts):
-    """Tables 1 and 2 as rows of strings, a header first, ours beside the paper's, and a line about both.
+def paper_beside(data, beside="auto"):
+    """Whose numbers of the paper the tables show beside ours: "samsum", "xsum" or "" for none.
+
+    auto: those of the same data; SAMSum's for the toy, for orientation; none for other data, which they say nothing of.
+    """
+    if beside == "auto":
+        beside = {"samsum": "samsum", "xsum": "xsum", "toy": "samsum"}.get(data, "")
+    return "" if beside == "none" else beside
+
+
+def cells(scores, intervals, facts, beside="auto"):
+    """Tables 1 and 2 as rows of strings, a header first, and a line about both.
 
     scores: {column: {metric: mean}}; intervals: {column: {metric: (low, high)}}; facts: {"data", "model", "seed",
-    "commit", "n", "bleurt"}. The paper has SAMSum and XSum; other data are shown beside SAMSum, for orientation only.
+    "commit", "n", "bleurt"}; beside: see paper_beside.
     """
-    known = facts["data"] in PAPER_DATA
-    paper = paper_numbers(facts["data"] if known else "samsum")
+    data = facts["data"]
+    beside = paper_beside(data, beside)
+    paper = paper_numbers(beside) if beside else None
     header = [""]
     for column in scores_in_order(scores):
-        header += [column, "paper"]
+        header += [column, "paper"] if paper else [column]
     note = (
-        f"data {facts['data']}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, "
-        f"n = {facts['n']}, ± half the 95 % bootstrap interval."
+        f"data {data}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, n = {facts['n']}, "
+        f"± half the 95 % bootstrap interval."
     )
-    if not known:
-        note += " The paper has no such data: its SAMSum numbers are shown beside."
+    if paper and beside != data:
+        note += f" The paper has no such data: its {NAMES[beside]} numbers are shown beside."
     first = [header, cell_row("excess_length", 1, scores, intervals, paper)]
     second = [header] + [cell_row(metric, 2, scores, intervals, paper) for metric in ROWS]
     return first, second, note
@@ -258,20 +270,22 @@ def scores_in_order(scores):
 
 
 def cell_row(metric, digits, scores, intervals, paper):
-    """One metric: its name, then for each column our mean with its interval, and the paper's number."""
+    """One metric: its name, then for each column our mean with its interval and, where wanted, the paper's number."""
     row = [metric]
     for column in scores_in_order(scores):
         ours = "n/a"
         if metric in scores[column]:
             low, high = intervals[column][metric]
             ours = f"{scores[column][metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
-        row += [ours, paper[metric][column]]
+        row.append(ours)
+        if paper:
+            row.append(paper[metric][column])
     return row
 
 
-def tables(scores, intervals, facts):
+def tables(scores, intervals, facts, beside="auto"):
     """`cells` as markdown."""
-    first, second, note = cells(scores, intervals, facts)
+    first, second, note = cells(scores, intervals, facts, beside)
     parts = [
         note,
         "\n**Table 1**: extra length relative to ground truth, in words\n",

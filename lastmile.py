@@ -416,7 +416,7 @@ def show_tables(settings):
     """Print the paper's Tables 1 and 2, ours beside the paper's, and write them to eval/tables.md."""
     folder = Path(settings.output_dir) / "eval"
     require(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
-    _, text = read_scores(folder)
+    _, text = read_scores(folder, settings.beside)
     say(text)
     if settings.dry_run:
         return

@@ -36,9 +36,9 @@ def curves(stages):
     return Section("curves", "Learning curves", macros().curves(shown))
 
 
-def tables(scores, intervals, facts):
+def tables(scores, intervals, facts, beside="auto"):
     """The arguments are those of eval.tables."""
-    first, second, note = cells(scores, intervals, facts)
+    first, second, note = cells(scores, intervals, facts, beside)
     body = macros().tables(note, split_cells(first), split_cells(second), facts["bleurt"])
     return Section("tables", "Tables", body)
 

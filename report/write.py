@@ -44,7 +44,7 @@ def sections_of(settings, run):
         found, _ = read_scores(run / "eval")
         columns = read_outputs(run / "eval")
         texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
-        sections.append(page.tables(*found))
+        sections.append(page.tables(*found, settings.beside))
         sections.append(page.lengths(texts, found[2].get("rouge_tokenizer", "ascii")))
         if settings.examples:
             rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)

@@ -209,6 +209,15 @@ def test_tables_say_what_is_missing():
     assert body["rouge1-F1"] == ["rouge1-F1", "0.12 ±0.50", "0.31", "1.12 ±0.50", "0.50"]
 
 
+def test_other_data_leave_the_paper_out():
+    """The paper's SAMSum numbers beside another task look like a comparison and are none; --beside brings them back."""
+    lines = table("reviews", columns=("base", "policy")).splitlines()
+    body = {cells(line)[0]: cells(line) for line in lines if line.startswith("|")}
+    assert body[""] == ["", "base", "policy"] and body["rouge1-F1"] == ["rouge1-F1", "0.12 ±0.50", "1.12 ±0.50"]
+    assert "paper" not in lines[0]
+    assert ev.paper_beside("reviews", "samsum") == "samsum" and ev.paper_beside("samsum", "none") == ""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # BLEURT
 
@@ -308,7 +317,7 @@ def test_length_adjustment_is_matches_over_the_longer_text(language):
 
 
 def test_english_scores_do_not_move(shared):
-    """SAMSum and XSum have a few accents and emoji; auto must choose the paper's tokenizer, with the very same scores."""
+    """SAMSum and XSum have a few accents and emoji: auto must choose the paper's tokenizer, with the same scores."""
     for name in ("samsum", f"{shared}/data/xsum_test_1000.jsonl"):
         rows = data.load(f"{shared}/data/{name}" if name == "samsum" else name, "test")
         references = [row.target for row in rows][:200]

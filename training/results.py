@@ -53,11 +53,11 @@ def add_bleurt(settings, examples, columns, references):
     return Path(settings.bleurt).name
 
 
-def read_scores(folder):
+def read_scores(folder, beside="auto"):
     """((scores, intervals, facts), tables as text) of an eval folder. Raises UserError where they are not eval's."""
     found = [read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")]
     try:
-        text = evaluation.tables(*found)
+        text = evaluation.tables(*found, beside)
         text.encode()
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: not the scores that eval writes ({error!r}); run eval again") from None

@@ -214,9 +214,15 @@ class Eval(Common):
 class Tables(Common):
     """the paper's Tables 1 and 2, ours beside the paper's"""
 
+    beside: str = opt(
+        "auto",
+        "numbers of the paper to show beside ours; auto: those of the same data (for the toy SAMSum's), else none",
+        choices=("auto", "none", "samsum", "xsum"),
+    )
+
 
 @dataclass(frozen=True)
-class Report(Common):
+class Report(Tables):
     """one HTML page: curves, tables, lengths, outputs token by token"""
 
     examples: int = opt(6, "random test inputs to show token by token; 0: none, and no model is loaded", least=0)
