@@ -469,7 +469,8 @@ def merge(settings):
 def save_model(settings, llama, tokenizer, folder, quantization=None):
     """Write a whole model: weights, config, and the base's tokenizer files."""
     model.save(llama, folder, quantization)
-    copy_companions(llama.folder, folder)
+    eos_text = None if tokenizer.own_eos else tokenizer.end
+    copy_companions(llama.folder, folder, llama.config.eos_token_id, eos_text)
     if settings.template and tokenizer.own_eos:  # llama3 and chatml are found again by their tokens
         (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")
 

@@ -250,17 +250,39 @@ def identify_file(file):
     return "is a pickle, and never opened" if head.startswith((b"\x80", b"PK")) else ""
 
 
-COMPANIONS = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-    "template.txt",
+# What is not copied to a model made from this one: weights, code, documentation, logs, and what is written again.
+NOT_COPIED = (
+    ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack", ".py",
+    ".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".jsonl", ".sha256",
 )  # fmt: skip
+WRITTEN_AGAIN = ("config.json", "settings.json", "quantize_config.json", "quant_config.json")
+DOCUMENTS = ("license", "licence", "notice", "readme", "use_policy", "adapter_", "consolidated", ".")
 
 
-def copy_companions(source, target):
-    """Copy the files beside the weights that turn text into tokens and end answers."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_companions(source, target, eos_ids, eos_text=None):
+    """Copy the files beside the weights that turn text into tokens and end answers: tokenizer, chat template, ...
+
+    eos_ids: the ids that end an output; eos_text: the token that the prompt ends answers with, where it is not the
+    tokenizer's own. Files that name the EOS are changed to say the same, or readers of the copy would generate to their
+    limit.
+    """
+    for file in sorted(source.iterdir()):
+        name = file.name.lower()
+        skip = name.endswith(NOT_COPIED) or name in WRITTEN_AGAIN or name.startswith(DOCUMENTS)
+        if file.is_file() and not skip:
+            shutil.copyfile(file, target / file.name)
+    change(target / "generation_config.json", "eos_token_id", list(eos_ids))
+    if eos_text:
+        change(target / "tokenizer_config.json", "eos_token", eos_text)
+        change(target / "special_tokens_map.json", "eos_token", eos_text)
+
+
+def change(file, key, value):
+    """Set one key of a JSON file, if there is such a file."""
+    if file.is_file():
+        raw = read_json(file)
+        raw[key] = value
+        file.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write(folder, config, tensors, quantization=None):

@@ -31,6 +31,7 @@ class Tokenizer:
     def set_template(self, template, end=""):
         """Set the prompt around a source; end: the control token that ends an answer, "" for the tokenizer's EOS."""
         self.template = template
+        self.end = end
         self.own_eos = not end
         if end:
             self.eos = self.controls[end]

@@ -18,7 +18,7 @@ from training.folders import require
 from training.settings import Reward
 from training.terminal import say, warn
 
-MODEL_FILES = ["*.safetensors", "*.json", "tokenizer.model", "template.txt"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt"]
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
 
 

@@ -1,0 +1,82 @@
+"""What leaves the house as a model folder: every file says the same, and other tools stop where we stop."""
+
+import json
+
+import pytest
+import torch
+from test_data import train_bpe
+
+import data
+import lastmile
+import model
+
+PROMPT = "Anna: Shall we meet at six?"
+EXTRA = {
+    "chat_template.jinja": "{{ messages }}",
+    "added_tokens.json": "{}",
+    "merges.txt": "#version: 0.2",
+    "README.md": "# a card",
+    "LICENSE.txt": "a licence",
+    "modeling.py": "raise SystemExit",
+    "pytorch_model.bin": "weights",
+    "metrics.jsonl": "{}",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny ChatML model whose own EOS is another token than the prompt's end: config and generation_config say 0."""
+    folder = train_bpe(tmp_path_factory.mktemp("base") / "model", "smollm2", [e.source for e in data.toy("test")])
+    tokenizer = data.load_tokenizer(folder)
+    config = model.LlamaConfig(tokenizer.vocab_size, 64, 128, 2, 4, 4, 16, eos_token_id=(0,))
+    llama = model.initialize(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        llama.lm_head.weight[tokenizer.eos] *= 3  # so that answers end soon
+    model.save(llama, folder)
+    for name, content in EXTRA.items():
+        (folder / name).write_text(content)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "do_sample": False}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(base, tmp_path_factory):
+    """The base with a fresh adapter folded in."""
+    run = tmp_path_factory.mktemp("run")
+    llama = model.load(base)
+    llama.add_adapter("mle", 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0))
+    llama.save_adapter("mle", run / "adapter", str(base))
+    flags = ["--model", str(base), "--output-dir", str(run), "--adapter", str(run / "adapter")]
+    assert lastmile.main(["merge", *flags]) == 0
+    return run / "merge"
+
+
+def test_transformers_stops_where_sample_stops(base, merged):
+    """config.json said [0, 2], generation_config.json still 0: transformers and vLLM then ran on to their limit."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = data.load_tokenizer(merged)
+    llama = model.load(merged)
+    prompt = tokenizer.prompts([PROMPT])[0]
+    ours = model.sample(llama, [prompt], None, 60, temperature=0)[0]
+    assert ours[-1] == tokenizer.eos and len(ours) < 60  # it does end
+    twin = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    theirs = twin.float().generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, len(prompt) :]
+    assert theirs.tolist() == ours
+
+
+def test_every_file_names_the_same_eos(merged):
+    """Each reader looks into another file: all must name the token that ended the training targets."""
+    read = lambda name: json.loads((merged / name).read_text())  # noqa: E731
+    assert read("config.json")["eos_token_id"] == read("generation_config.json")["eos_token_id"] == [0, 2]
+    assert read("tokenizer_config.json")["eos_token"] == "<|im_end|>"
+    assert read("generation_config.json")["do_sample"] is False  # what else it says stays
+
+
+def test_companions_are_copied_by_rule(base, merged):
+    """A chat template in its own file, or added tokens, must not be lost; weights, code and cards are not copied."""
+    copied = {"chat_template.jinja", "added_tokens.json", "merges.txt"}
+    assert {name for name in EXTRA if (merged / name).exists()} == copied
+    assert (merged / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
