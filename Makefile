@@ -100,11 +100,11 @@ exercise: .venv/run
 
 fuzz:     ## 5,000 damaged inputs: each must end well, or in one line and exit code 2
 fuzz: .venv/dev
-	$(PY) tests/fuzz.py --count 5000
+	$(PY) tests/fuzz.py --count 5000 $(FLAGS)
 
 faults:   ## kills, full disks, torn files: the table of faults F1 to F20
 faults: .venv/dev
-	$(PY) tests/faults.py
+	$(PY) tests/faults.py $(FLAGS)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurements: tests/bench/results/*.md and .json. Run nothing else on the machine meanwhile

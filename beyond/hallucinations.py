@@ -7,7 +7,7 @@ CLIFF (2109.09209), ConFiT (2112.08713).
 import os
 import re
 
-KINDS = "speaker", "name", "number", "time", "negation", "object"
+KINDS = ("speaker", "name", "number", "time", "negation", "object")
 CALENDAR = [  # each line: words that can replace one another
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "today tonight tomorrow yesterday",
     "January February March April May June July August September October November December",
@@ -38,12 +38,21 @@ def swaps(text, words, pool):
     return [(*place.span(), word) for place in places for word in pool if word != place[0]]
 
 
+def swaps_in_lines(text, lines):
+    """The swaps of each word of a line with the other words of that line."""
+    found = []
+    for line in lines:
+        found += swaps(text, line.split(), line.split())
+    return found
+
+
 def speakers(datum):
+    """The names at the beginning of the source's lines, as in "Anna: Hello"."""
     return sorted(set(re.findall(r"^([^\s:][^:\n]{0,30}):", datum.source, re.M)))
 
 
 def names(datum):
-    """Who speaks, and the capitalised words inside sentences."""
+    """The speakers, and the capitalised words inside sentences."""
     words = re.findall(r"(?<=[\w,;] )[^\W\d_]{2,}\b", f"{datum.source}\n{datum.target}")
     return sorted({*speakers(datum), *(word for word in words if word.istitle())} - PLAIN)
 
@@ -51,37 +60,92 @@ def names(datum):
 def content(datum):
     """[(start, end, word, the word before)] of the target's words that the source has too, and that mean something."""
     words = set(re.findall(r"\w+", datum.source)) - PLAIN
-    places = [place for place in re.finditer(r"\b[^\W\d_]{4,}\b", datum.target) if place[0] in words]
-    return [(*p.span(), p[0], datum.target[: p.start()].split()[-1:]) for p in places if p[0].islower()]
+    found = []
+    for place in re.finditer(r"\b[^\W\d_]{4,}\b", datum.target):
+        if place[0] in words and place[0].islower():
+            before = datum.target[: place.start()].split()[-1:]
+            found.append((place.start(), place.end(), place[0], before))
+    return found
+
+
+# One function a kind: (datum, other) -> [(start, end, new)], characters of the target and what replaces them. `other`
+# is another example, which lends words.
+
+
+def other_speaker(datum, other):
+    return swaps(datum.target, speakers(datum), speakers(datum))
+
+
+def other_name(datum, other):
+    own = names(datum)
+    return swaps(datum.target, own, sorted({*own, *names(other)}))
+
+
+def other_number(datum, other):
+    """Another last digit, or another number word."""
+    found = []
+    for place in re.finditer(DIGITS, datum.target):
+        if not place["hour"]:
+            last = place.end() - 1
+            found += [(last, last + 1, digit) for digit in "123456789" if digit != datum.target[last]]
+    return found + swaps_in_lines(datum.target, NUMBERS)
+
+
+def other_time(datum, other):
+    """Another hour of a clock time, or another word of the calendar."""
+    found = []
+    for place in re.finditer(DIGITS, datum.target):
+        if place["hour"]:
+            start, end = place.span("hour")
+            found += [(start, end, str(hour)) for hour in range(1, 13) if hour != int(place["hour"])]
+    return found + swaps_in_lines(datum.target, CALENDAR)
+
+
+def negation(datum, other):
+    """Is becomes is not, and the reverse."""
+    found = []
+    for pattern, new in NEGATIONS:
+        for place in re.finditer(pattern, datum.target):
+            found.append((place.start(), place.end(), place.expand(new)))
+    return found
+
+
+def other_object(datum, other):
+    """A word that target and source share, by one of the other example that is not in this source.
+
+    Both follow the same word ("the park", "the cake"): otherwise grammar would show the edit.
+    """
+    foreign = [word for word in content(other) if not re.search(rf"\b{word[2]}\b", datum.source)]
+    found = []
+    for start, end, _, before in content(datum):
+        found += [(start, end, new) for _, _, new, before_new in foreign if before_new == before]
+    return found
+
+
+EDITS = {
+    "speaker": other_speaker,
+    "name": other_name,
+    "number": other_number,
+    "time": other_time,
+    "negation": negation,
+    "object": other_object,
+}
 
 
 def edits(datum, other):
-    """{kind: [(start, end, new)]}: characters of the target, and what takes their place; `other` lends words."""
-    text, who, own = datum.target, speakers(datum), names(datum)
-    digits = list(re.finditer(DIGITS, text))
-    hours, ends = [d for d in digits if d["hour"]], [d.end() for d in digits if not d["hour"]]
-    negations = [(place, new) for pattern, new in NEGATIONS for place in re.finditer(pattern, text)]
-    foreign = [found for found in content(other) if not re.search(rf"\b{found[2]}\b", datum.source)]
-    in_words = lambda lines: [edit for line in lines for edit in swaps(text, line.split(), line.split())]  # noqa: E731
-    return {
-        "speaker": swaps(text, who, who),
-        "name": swaps(text, own, sorted({*own, *names(other)})),
-        "number": [(end - 1, end, new) for end in ends for new in "123456789" if new != text[end - 1]]  # the last digit
-        + in_words(NUMBERS),
-        "time": [(*d.span("hour"), str(h)) for d in hours for h in range(1, 13) if h != int(d["hour"])]
-        + in_words(CALENDAR),
-        "negation": [(*place.span(), place.expand(new)) for place, new in negations],
-        # behind the same word ("the park", "the cake"), or grammar would give it away
-        "object": [(*old[:2], new[2]) for old in content(datum) for new in foreign if old[3] == new[3]],
-    }
+    """{kind: [(start, end, new)]} of every kind."""
+    return {kind: find(datum, other) for kind, find in EDITS.items()}
 
 
 def hallucinated(datum, other, tokenizer, limit, rng):
     """The true output with one edit, of a kind drawn among those that apply: (kind, response, span), or three None."""
     found = edits(datum, other)
-    for kind in (kind for kind in rng.sample(KINDS, len(KINDS)) if found[kind]):
+    for kind in rng.sample(KINDS, len(KINDS)):
+        if not found[kind]:
+            continue
         start, end, new = rng.choice(found[kind])
-        text, rest = datum.target[:start] + new, datum.target[end:]
+        text = datum.target[:start] + new
+        rest = datum.target[end:]
         response = [*tokenizer.encode(text + rest), tokenizer.eos]
         if response != datum.response and len(response) <= limit:
             return kind, response, touched(datum.response, response, len(rest), tokenizer.decode)
@@ -91,9 +155,9 @@ def hallucinated(datum, other, tokenizer, limit, rng):
 def touched(truth, response, rest, decode):
     """(start, end): the tokens of a response that an edit of its truth has touched; both end with EOS.
 
-    It starts at the first token that differs, since up to there the two are one text, and ends with the last that
-    differs or holds a character of the edit; rest: how many characters follow it. Where the edit only takes away, what
-    differs is the token after the seam.
+    It starts at the first token that differs, since before it the two are the same text, and ends with the last token
+    that differs or contains a character of the edit. rest: how many characters follow the edit. Where the edit only
+    removes text, the span is the token after it.
     """
     start = len(os.path.commonprefix([truth, response]))
     kept = len(os.path.commonprefix([truth[start:][::-1], response[start:][::-1]]))
