@@ -38,7 +38,8 @@ COLUMNS = [  # the pairs of column names that are found without being named
     ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
     ("prompt", "completion"), ("input", "output"),
 ]  # fmt: skip
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".tsv")
+DELIMITERS = ";\t|"  # of a .csv whose header has no comma
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a single file
 FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is below some news articles
@@ -119,11 +120,9 @@ def read_rows(file):
         return
     if file.stat().st_size > FILE_LIMIT:
         raise UserError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
-    try:
-        text = file.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it: iconv -f LATIN1 -t UTF-8") from None
-    lines, number = io.StringIO(text, newline=""), 0  # splits at \n and \r only: U+2028 may be inside a string
+    text = decode(file)
+    lines = io.StringIO(text, newline="")  # splits at \n and \r only: U+2028 may be inside a string
+    number = 0
     remedy = "fix or remove that row"
     try:
         if file.suffix == ".jsonl":
@@ -137,17 +136,41 @@ def read_rows(file):
             yield from enumerate(rows, 1)
         else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(FIELD_LIMIT)
-            reader = csv.DictReader(lines, strict=True)
+            reader = csv.DictReader(lines, strict=True, delimiter=delimiter_of(file, text))
             number = reader.line_num if reader.fieldnames else 0
             for row in reader:
                 number = reader.line_num
                 yield number, row
     except (csv.Error, json.JSONDecodeError, BadJson) as error:
-        number += file.suffix == ".csv"  # the row after the last good one
+        number += file.suffix in (".csv", ".tsv")  # the row after the last good one
         number = number or getattr(error, "lineno", 1)
         if file.suffix == ".json" and str(error).startswith("Extra data"):
             remedy = "if it contains one object a line, call it .jsonl"
         raise UserError(f"{file}:{number}: {error}; {remedy}") from None
+
+
+def decode(file):
+    """The text of a UTF-8 file. Raises UserError with the command that converts another encoding."""
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        encoding = "CP1252"  # Windows'; its quotes would become control characters as LATIN1
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            encoding = "UTF-16"
+        command = f"iconv -f {encoding} -t UTF-8 {file.name} > NEW{file.suffix}"
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it: {command}") from None
+
+
+def delimiter_of(file, text):
+    """What separates the cells: a tab in .tsv; a comma in .csv, unless the header has none but another delimiter."""
+    if file.suffix == ".tsv":
+        return "\t"
+    header = text.split("\n", 1)[0]
+    if "," in header:
+        return ","
+    found = [delimiter for delimiter in DELIMITERS if delimiter in header]
+    return found[0] if found else ","
 
 
 def read_parquet(file):

@@ -264,9 +264,9 @@ def write(parquet):
     def write(file, rows):
         if file.suffix == ".parquet":
             parquet(file, rows, row_group_size=2)
-        elif file.suffix == ".csv":
+        elif file.suffix in (".csv", ".tsv"):
             with open(file, "w", encoding="utf-8-sig", newline="") as opened:  # as Excel: BOM and CRLF
-                writer = csv.DictWriter(opened, rows[0])
+                writer = csv.DictWriter(opened, rows[0], delimiter="\t" if file.suffix == ".tsv" else ",")
                 writer.writeheader()
                 writer.writerows(rows)
         elif file.suffix == ".jsonl":
@@ -280,7 +280,7 @@ def write(parquet):
 
 @pytest.mark.parametrize("suffix", tables.SUFFIXES)
 def test_load_reads_every_format_alike(tmp_path, write, suffix):
-    """The same rows in four formats are the same examples: words that pandas drops, quotes, line ends, U+2028, id 0."""
+    """The same rows in five formats are the same examples: words that pandas drops, quotes, line ends, U+2028, id 0."""
     pairs = [
         ("NA", "None"), ("null", "nan"), ("N/A", "NaN"), ("true", "0"), ('A: "hi", you\r\nB: yo', "a\u2028b\u0085c"),
         ("<NA>", "''"), (" \tx ", "\n y\n"),
@@ -924,3 +924,42 @@ def test_batches():
     assert padding(dealt) < padding([plain[i : i + 7] for i in range(0, 1003, 7)]) / 2
     longer = sum(lengths[a[0]] < lengths[b[0]] for a, b in zip(dealt, dealt[1:], strict=False))
     assert 0.3 < longer / len(dealt) < 0.7  # no drift from short to long
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Delimiters and encodings
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|", ","])
+def test_the_delimiter_is_that_of_the_header(tmp_path, delimiter):
+    """Excel writes `;` in half of the world: read as one column, such a file was refused without a reason. A comma in
+    the header decides for the comma, whatever else is in it.
+    """
+    file = tmp_path / ("rows.tsv" if delimiter == "\t" else "rows.csv")
+    lines = [f"id{delimiter}input{delimiter}output"]
+    lines += [f"{i}{delimiter}in {i} of; them{delimiter}out {i}" for i in range(10)]
+    if delimiter == ";":
+        lines = [line.replace("of; them", "of, them") for line in lines]
+    file.write_text("\n".join(lines) + "\n")
+    rows = data.load(file, "train")
+    assert [row.target for row in rows] == [f"out {i}" for i in range(8)]
+    assert rows[3].source.startswith("in 3 of")
+
+
+def test_a_semicolon_in_a_cell_is_text(tmp_path):
+    """A header with commas keeps the comma, though its cells contain other delimiters."""
+    file = tmp_path / "rows.csv"
+    file.write_text("input,output\n" + "a;b|c,d;e\n" * 10)
+    assert {(row.source, row.target) for row in data.load(file, "train")} == {("a;b|c", "d;e")}
+
+
+@pytest.mark.parametrize(("encoding", "named"), [("cp1252", "CP1252"), ("utf-16", "UTF-16")])
+def test_the_remedy_names_the_encoding(tmp_path, encoding, named):
+    """iconv -f LATIN1, the former remedy, turns Excel's quotes into control characters, and UTF-16 into rubbish."""
+    file = tmp_path / "rows.csv"
+    text = "input,output\n" + "she said \u201chi\u201d,hi\n" * 10
+    file.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=f"not UTF-8 at byte .*iconv -f {named} -t UTF-8 rows.csv"):
+        data.load(file, "train")
+    file.write_bytes(file.read_bytes().decode(named.lower()).encode())  # what the command does
+    assert data.load(file, "train")[0].source == "she said \u201chi\u201d"

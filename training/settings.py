@@ -36,7 +36,7 @@ class Common:
     data: str = opt(
         "toy",
         "toy, samsum, xsum, dialogsum, cnn_dailymail, a folder with train, validation and test "
-        "files, or one file: .csv, .jsonl, .json or .parquet",
+        "files, or one file: .csv, .tsv, .jsonl, .json or .parquet",
         result=False,
     )
     model: str = opt(
