@@ -9,7 +9,7 @@
     python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
     python lastmile.py report     curves, tables, outputs token by token       -> <output-dir>/report.html
     python lastmile.py sample     the summary of one text
-    python lastmile.py merge      base and adapter as one fp16 model           -> <output-dir>/merge
+    python lastmile.py merge      base and adapter as one dense model          -> <output-dir>/merge
 
 This file contains the training loops, in the order of the paper. Every loop processes a batch in the same way:
 
@@ -224,7 +224,8 @@ def average_batch(settings, amounts):
     Losses are divided by this and not by what their own batch contains. Rows of similar length share a batch: divided
     by its own tokens, a batch of long rows would weigh each of them less than in a plain shuffle.
     """
-    return settings.batch_size * sum(amounts) / len(amounts)
+    rows = min(settings.batch_size, len(amounts))  # few data make one small batch
+    return rows * sum(amounts) / len(amounts)
 
 
 def mean_or_none(x, mask):
@@ -455,14 +456,14 @@ def answer(settings, text):
 
 
 def merge(settings):
-    """Base and adapter as one fp16 Hugging Face folder, for tools that know no adapters and no GPTQ."""
+    """Base and adapter as one dense Hugging Face folder, for tools that know no adapters and no GPTQ."""
     with stage_folder(settings, "merge") as folder:
-        llama, tokenizer = open_base(settings, torch.float16)
+        llama, tokenizer = open_base(settings)
         llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
         llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
         if settings.dry_run:
             return dry_run(settings, llama)
-        model.merge(llama, "merged")
+        model.merge(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
 
 

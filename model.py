@@ -440,13 +440,21 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     llama_folder.check_tensors(folder, tensors, checkpoint_tensors(llama))
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(".scales"):
-            tensors[name] = tensor.to(dtype)
+            tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
     state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
     llama.folder = folder
     if weights and packed:
         inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
     return llama.to(device if weights else "meta").requires_grad_(False)
+
+
+def cast(tensor, dtype, where):
+    """A tensor in another float type. Raises UserError where fp16 has no such number: it would silently become inf."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and not tensor.is_meta and not found.isfinite().all():
+        raise UserError(f"{where} has values beyond float16's 65504, or not finite; use --dtype bfloat16 or float32")
+    return found
 
 
 def use_packed_layers(llama, tensors, folder):

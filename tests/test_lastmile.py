@@ -969,3 +969,14 @@ def test_only_user_errors_become_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "lastmile.py: file.csv: line 3 is empty; remove it\n"
     with pytest.raises(ValueError, match="a bug"):
         fail(ValueError("a bug"))
+
+
+@pytest.mark.parametrize("stage", ["mle", "reward"])
+def test_few_rows_learn_at_full_strength(fresh_run, stage):
+    """5 rows under --batch-size 200 were divided by an average batch of 200: a 40th of the gradient, no clipping."""
+    flags = ["--train-examples", 5, "--max-steps", 1, *(["--eval-examples", 4] if stage == "reward" else [])]
+    assert fresh_run(stage, *flags, "--batch-size", 30 if stage == "reward" else 5) == 0
+    [expected] = journal(fresh_run.folder / stage)
+    assert fresh_run(stage, *flags, "--batch-size", 200, "--overwrite") == 0
+    [found] = journal(fresh_run.folder / stage)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"])

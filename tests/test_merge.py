@@ -1,9 +1,11 @@
 """What leaves the house as a model folder: every file says the same, and other tools stop where we stop."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_data import train_bpe
 
 import data
@@ -80,3 +82,23 @@ def test_companions_are_copied_by_rule(base, merged):
     copied = {"chat_template.jinja", "added_tokens.json", "merges.txt"}
     assert {name for name in EXTRA if (merged / name).exists()} == copied
     assert (merged / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_what_fp16_cannot_represent_is_an_error(base, tmp_path, capsys, name):
+    """A norm or a head beyond 65,504 became inf in the merged model, unchecked; bfloat16 has room for it."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = 1e5
+    save_file(tensors, folder / "model.safetensors")
+    llama = model.load(folder)
+    llama.add_adapter("mle", 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0))
+    llama.save_adapter("mle", tmp_path / "adapter", str(folder))
+    flags = ["merge", "--model", folder, "--output-dir", tmp_path, "--adapter", tmp_path / "adapter"]
+    assert lastmile.main([str(flag) for flag in flags]) == 2
+    assert f"{name} has values beyond float16's 65504" in capsys.readouterr().err
+    assert lastmile.main([*map(str, flags), "--dtype", "bfloat16"]) == 0
+    merged = load_file(tmp_path / "merge" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in merged.values())

@@ -240,8 +240,9 @@ class Sample(Common):
 
 @dataclass(frozen=True)
 class Merge(Common):
-    """base and adapter as one fp16 model folder"""
+    """base and adapter as one dense model folder"""
 
+    dtype: str = opt("float16", "dtype of the merged weights", choices=("float16", "bfloat16", "float32"))
     adapter: str = opt("policy", "adapter to merge into the base: mle, policy, or a folder")
 
 
