@@ -56,6 +56,7 @@ from training.folders import commit, require, stage_folder
 from training.inputs import (
     adapter_folder,
     column_names,
+    context_left,
     generator,
     load_column,
     load_rows,
@@ -148,7 +149,7 @@ def quantize(settings):
         llama, tokenizer = open_base(settings)
         if llama.config.quantization:
             raise UserError(f"{settings.model}: already quantized; name an fp16 or fp32 model: --model FOLDER")
-        rows = load_rows(settings, "train", tokenizer, settings.calibration_examples)
+        rows = load_rows(settings, "train", llama, tokenizer, settings.calibration_examples)
         if settings.dry_run:
             return dry_run(settings, llama, rows)
         calibration = [row.prompt + row.response for row in rows]
@@ -168,8 +169,8 @@ def train_reward(settings):
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        positives = load_rows(settings, "train", tokenizer, settings.train_examples)
-        heldout = load_rows(settings, "validation", tokenizer, settings.eval_examples)
+        positives = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
+        heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
         samplers = {name: load_column(settings, llama, name) for name in columns}
         rows = []
         for round in range(settings.rounds):
@@ -241,7 +242,7 @@ def train_mle(settings):
     """The control: maximum likelihood of the true outputs (paper, 3.4)."""
     with stage_folder(settings, "mle") as folder:
         llama, tokenizer = open_base(settings)
-        rows = load_rows(settings, "train", tokenizer, settings.train_examples, settings.eos_in_labels)
+        rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
         new_adapter(settings, llama, "mle", "lora")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["mle"])
@@ -280,7 +281,7 @@ def train_ppo(settings):
     with stage_folder(settings, "ppo") as folder:
         train_missing_reward(settings)
         llama, tokenizer = open_base(settings)
-        rows = load_rows(settings, "train", tokenizer, settings.train_examples)
+        rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
         score, depends_on = open_reward(settings, llama, tokenizer, rows)
         depends_on |= add_actors(settings, llama)
         if settings.dry_run:
@@ -383,7 +384,7 @@ def evaluate(settings):
     with stage_folder(settings, "eval") as folder:
         llama, tokenizer = open_base(settings)
         adapters = {name: load_column(settings, llama, name) for name in names}
-        rows = load_rows(settings, "test", tokenizer, settings.test_examples)
+        rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         if settings.dry_run:
             return dry_run(settings, llama, rows)
         warn_of_overlap(settings, rows)
@@ -446,9 +447,12 @@ def answer(settings, text):
     if settings.dry_run:
         return dry_run(settings, llama)
     prompt = tokenizer.prompts([text])[0]
-    limit = llama.config.max_position_embeddings
+    limit = context_left(settings, llama)
     if len(prompt) > limit:
-        raise UserError(f"text and template are {len(prompt)} tokens, the model reads {limit}; shorten the text")
+        raise UserError(
+            f"{len(prompt)} tokens of text and template and {settings.max_new_tokens} new ones, but the model reads "
+            f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
+        )
     rng = generator(settings, "sample", device=settings.device)
     s = settings
     response = model.sample(llama, [prompt], adapter, s.max_new_tokens, s.temperature, rng, s.top_k, s.top_p)

@@ -593,7 +593,11 @@ def test_what_a_model_brings_travels(fresh_run, run_folder, trained, tmp_path):
     assert lastmile.main(["merge", "--adapter", str(trained / "mle"), *template]) == 0
     for folder, own in ((tmp_path / "new/base", whole / "template.txt"), (tmp_path / "new/merge", prompt)):
         for name in [*COPIED, "tokenizer.model"]:
-            assert (folder / name).read_bytes() == (whole / name).read_bytes()
+            if name == "generation_config.json":  # it said nothing of EOS: transformers would never stop
+                said = json.loads((whole / name).read_text(encoding="utf-8")) | {"eos_token_id": [2]}
+                assert json.loads((folder / name).read_text(encoding="utf-8")) == said
+            else:
+                assert (folder / name).read_bytes() == (whole / name).read_bytes()
         assert (folder / "template.txt").read_bytes() == own.read_bytes()
     shutil.rmtree(tmp_path / "new/base")
     assert lastmile.main(["quantize", "--model", str(whole), "--calibration-examples", "8", *template]) == 0
@@ -980,3 +984,21 @@ def test_few_rows_learn_at_full_strength(fresh_run, stage):
     assert fresh_run(stage, *flags, "--batch-size", 200, "--overwrite") == 0
     [found] = journal(fresh_run.folder / stage)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"])
+
+
+def test_prompt_and_answer_fit_into_the_context(fresh_run, tmp_path, capsys):
+    """One rule for all: prompt and --max-new-tokens must fit into the model's context. mle and eval once passed it in
+    silence, and sample forgot the new tokens.
+    """
+    short = tmp_path / "short"
+    shutil.copytree(fresh_run.folder / "base", short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 90}
+    (short / "config.json").write_text(json.dumps(config))
+    at = ["--model", short, "--max-new-tokens", 30]
+    assert fresh_run("mle", *at, "--train-examples", 7, "--max-steps", 1) == 0
+    found = capsys.readouterr().out
+    assert re.search(r"train: 2700 examples, [1-9]\d* dropped .*: [1-9]\d* with inputs over 60 tokens", found)
+    assert fresh_run("sample", "chess " * 80, *at, "--adapter", "base") == 2
+    assert "30 new ones, but the model reads 90" in capsys.readouterr().err
+    assert fresh_run("eval", *at[:2], "--max-new-tokens", 90, "--adapters", "base") == 2
+    assert "--max-new-tokens 90: the model reads 90 tokens; lower it" in capsys.readouterr().err

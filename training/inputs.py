@@ -70,18 +70,30 @@ def check_tokenizer(folder, tokenizer, config):
 # The rows
 
 
-def load_rows(settings, split, tokenizer, examples=0, append_eos=True):
-    """One split as a list of Datum, length-filtered; where examples > 0, a random subset of that size."""
+def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True):
+    """One split as a list of Datum, length-filtered; where examples > 0, a random subset of that size.
+
+    The limit of inputs is --max-input-tokens, or what the model's context leaves beside --max-new-tokens.
+    """
     loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
-    kept, counts = data.encode(loaded, tokenizer, settings.max_input_tokens, settings.max_new_tokens, append_eos)
+    limit = min(settings.max_input_tokens, context_left(settings, llama))
+    kept, counts = data.encode(loaded, tokenizer, limit, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
     duplicates = len(loaded) - len({(e.source, e.target) for e in loaded})
     say(
         f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
-        f"with inputs over {settings.max_input_tokens} tokens, {counts['long_output']} with outputs over "
+        f"with inputs over {limit} tokens, {counts['long_output']} with outputs over "
         f"{settings.max_new_tokens}{f'; {duplicates} duplicates' if duplicates else ''}"
     )
     return subsample(settings, split, kept, examples)
+
+
+def context_left(settings, llama):
+    """How many tokens a prompt may have so that --max-new-tokens more fit into the model's context."""
+    context = llama.config.max_position_embeddings
+    if settings.max_new_tokens >= context:
+        raise UserError(f"--max-new-tokens {settings.max_new_tokens}: the model reads {context} tokens; lower it")
+    return context - settings.max_new_tokens
 
 
 def subsample(settings, split, rows, examples):

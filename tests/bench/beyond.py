@@ -60,7 +60,7 @@ def heldout(row):
     settings = replace(settings, hallucinations=edits, eval_examples=300)
     llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", folder_of(row) / "reward", head=True)
-    positives = inputs.load_rows(settings, "validation", tokenizer, settings.eval_examples)
+    positives = inputs.load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
     rows = samples.with_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
     return reward_report.reward_report(settings, llama, rows)
 
