@@ -298,7 +298,7 @@ def tables(scores, intervals, facts, beside="auto"):
 
 def markdown(rows):
     """A list of rows of strings -> a markdown table with aligned columns, readable on a terminal too."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = []
     for row in [rows[0], rule, *rows[1:]]:
