@@ -30,7 +30,7 @@ demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the t
 
 test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
 test: .venv/dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint:     ## ruff
 lint: .venv/dev
