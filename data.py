@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -54,19 +54,21 @@ class Example:
     id: str
     source: str
     target: str
+    label: float = 1.0  # 0: the data call this output bad
 
 
-def load(name_or_path, split, input_column=None, target_column=None):
+def load(name_or_path, split, input_column=None, target_column=None, negative_column=None, delimiter=None):
     """All examples of one split: a list of Example, texts stripped and line ends as "\n".
 
     name_or_path: "toy" (made on the spot), a data set of the Hub by its short name, a folder with a file for each
-    split, or one file, of whose rows each split gets its share; see formats/tables.py.
-    split: "train", "validation" or "test"; toy also has "pretrain".
+    split, or one file, of whose rows each split gets its share; see formats/tables.py and, for the columns,
+    formats/columns.py. split: "train", "validation" or "test"; toy also has "pretrain".
     Raises FileNotFoundError or UserError with the file, the row and the remedy.
     """
     if name_or_path == "toy":
         return toy(split)
-    return [Example(*row) for row in tables.read(name_or_path, split, input_column, target_column)]
+    rows = tables.read(name_or_path, split, input_column, target_column, negative_column, delimiter)
+    return [Example(*row) for row in rows]
 
 
 def toy(split):
@@ -156,7 +158,7 @@ def train_tokenizer(texts, vocab_size, folder):
 
 @dataclass(frozen=True)
 class Datum:
-    """One prompt with one response. `kind` is "positive" or the name of a class of negatives.
+    """One prompt with one response. `kind` is "positive" or the name of a class of negatives, `label` 1 or 0.
 
     span: (start, end), the tokens of the response that the label applies to (the others are good); None: all of them.
     """
@@ -177,7 +179,8 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
 
     max_input_tokens counts BOS, template and source (paper, 4.2); max_new_tokens counts target and EOS: a response
     that the sampler cannot finish is no example to learn from (choice; it drops none of SAMSum).
-    append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`.
+    append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`. An example that the data call bad becomes
+    a Datum with label 0 and of kind "rejected".
     Returns (list of Datum, {"kept", "long_input", "long_output"}).
     """
     prompts = tokenizer.prompts([example.source for example in examples])
@@ -194,14 +197,15 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
         else:
             counts["kept"] += 1
             response = [*target, tokenizer.eos] if append_eos else target
-            kept.append(Datum(example.id, example.source, example.target, prompt, response))
+            datum = Datum(example.id, example.source, example.target, prompt, response)
+            kept.append(datum if example.label else replace(datum, label=0.0, kind="rejected"))
     return kept, counts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Negatives (paper, 3.2). Each class: (datum, other, tokenizer, limit, rng) -> response ids, or None where it has none.
-# `other` is the datum this one is re-paired with, `limit` the cap on output tokens. A new class is one function here
-# and one line in NEGATIVES.
+# `other` is the datum this one is re-paired with or None, `limit` the cap on output tokens. A new class is one function
+# here and one line in NEGATIVES.
 
 
 def random_tokens(datum, other, tokenizer, limit, rng):
@@ -211,7 +215,7 @@ def random_tokens(datum, other, tokenizer, limit, rng):
 
 def mismatched(datum, other, tokenizer, limit, rng):
     """The true response of another input: fluent, well formed, irrelevant."""
-    return other.response
+    return other.response if other else None
 
 
 def shuffled(datum, other, tokenizer, limit, rng):
@@ -251,50 +255,61 @@ NEGATIVES = {
 
 
 def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=()):
-    """The data and, for each datum, one negative of every class: label 0, weight 1/5 (paper, 3.2).
+    """The true outputs and, for each, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
     hallucinations: "off", or one more class, 0 on the tokens of the edit ("span") or on all ("sequence"). samples:
-    {one more class: a response for each datum}; a sample that reads as the truth is no negative. All classes of a datum
-    together weigh 1. Returns a list of Datum, each datum followed by its negatives. The same seed makes the same ones.
+    {one more class: a response for each true output}. What the data themselves call bad is a class, too, "rejected",
+    which weighs no more than another. All classes of a datum together weigh 1. A negative that reads as a true output
+    of the same source is none: the label would contradict itself. Returns a list of Datum, each true output followed by
+    its negatives. The same seed makes the same ones.
     """
     samples = dict(samples)
-    partner = derangement([datum.target for datum in data], random.Random(stream_seed(seed, "mismatched")))
-    weight = 1 / (len(NEGATIVES) + (hallucinations != "off") + len(samples))
+    positives = [datum for datum in data if datum.label]
+    rejected = [datum for datum in data if not datum.label]
+    weight = 1 / (len(NEGATIVES) + (hallucinations != "off") + len(samples) + bool(rejected))
+    partners = derangement([datum.target for datum in positives], random.Random(stream_seed(seed, "mismatched")))
+    truths = defaultdict(set)  # source -> its true outputs
+    for datum in positives:
+        truths[datum.source].add(datum.target)
     rows = []
-    for i, datum in enumerate(data):
-        other = data[partner[i]]
+    for i, (datum, partner) in enumerate(zip(positives, partners, strict=True)):
+        other = None if partner is None else positives[partner]
         made = []  # (kind, response or None, span or None)
         for kind, make in NEGATIVES.items():
             rng = random.Random(stream_seed(seed, "negative", kind, i))
             made.append((kind, make(datum, other, tokenizer, limit, rng), None))
         if hallucinations != "off":
             rng = random.Random(stream_seed(seed, "negative", "hallucination", i))
-            kind, response, span = hallucinated(datum, other, tokenizer, limit, rng)
+            kind, response, span = hallucinated(datum, other or datum, tokenizer, limit, rng)
             made.append((kind, response, span if hallucinations == "span" else None))
         for kind, responses in samples.items():
-            is_truth = tokenizer.decode(responses[i]).strip() == datum.target
-            made.append((kind, None if is_truth else responses[i], None))
+            made.append((kind, responses[i], None))
         rows.append(datum)
         for kind, response, span in made:
-            if response is not None:
+            if response is not None and tokenizer.decode(response).strip() not in truths[datum.source]:
                 rows.append(replace(datum, response=response, label=0.0, weight=weight, kind=kind, span=span))
-    return rows
+    rejected = [datum for datum in rejected if datum.target not in truths[datum.source]]
+    weight *= min(1, len(positives) / max(1, len(rejected)))
+    return rows + [replace(datum, weight=weight) for datum in rejected]
 
 
 def derangement(texts, rng):
-    """A permutation p with texts[p[i]] != texts[i] for every i, uniform up to the swaps that remove clashes.
+    """Partners p with texts[p[i]] != texts[i], each row the partner of one other; uniform up to swaps of clashes.
 
-    Raises UserError where none can exist: one text alone, or one text that fills more than half of the rows.
+    A text that fills more than half of the rows, as "yes" may, leaves some of them without a partner: None, at random.
     """
-    N = len(texts)
-    if N == 0 or max(Counter(texts).values()) > N / 2:
-        raise UserError(
-            f"outputs of {N} examples cannot be re-paired: one text makes up more than half of them; add other examples"
-        )
-    p = rng.sample(range(N), N)
-    for i in range(N):  # a swap never makes a new clash, so one pass over the rows clears them all
+    rows = list(range(len(texts)))
+    text, most = Counter(texts).most_common(1)[0]
+    if most > len(texts) - most:
+        same = [i for i in rows if texts[i] == text]
+        left_out = set(rng.sample(same, 2 * most - len(texts)))
+        rows = [i for i in rows if i not in left_out]
+    p = [None] * len(texts)
+    for i, partner in zip(rows, rng.sample(rows, len(rows)), strict=True):
+        p[i] = partner
+    for i in rows:  # a swap never makes a new clash, so one pass over the rows clears them all
         while texts[p[i]] == texts[i]:
-            j = rng.randrange(N)
+            j = rows[rng.randrange(len(rows))]
             if texts[p[j]] != texts[i] and texts[p[i]] != texts[j]:
                 p[i], p[j] = p[j], p[i]
     return p

@@ -44,10 +44,10 @@ import eval as evaluation
 import model
 import ppo
 from beyond import reward_function
-from beyond.samples import say_missing, with_negatives
+from beyond.samples import check_missing, with_negatives
+from formats.columns import encodable, strip
 from formats.errors import UserError
 from formats.llama_folder import copy_companions
-from formats.tables import clean, encodable
 from toy import chatter
 from training.checkpoint import adapter_hash
 from training.dry_run import dry_run
@@ -59,6 +59,7 @@ from training.inputs import (
     context_left,
     generator,
     load_column,
+    load_examples,
     load_rows,
     new_adapter,
     open_base,
@@ -115,7 +116,8 @@ def pretrain(settings):
 def pretraining_rows(settings, folder):
     """(tokenizer, rows): a tokenizer trained on the texts, and the texts as rows whose only prompt is BOS."""
     s = settings
-    examples = data.load(s.data, "pretrain" if s.data == "toy" else "train", s.input_column, s.target_column)
+    examples = load_examples(s, "pretrain" if s.data == "toy" else "train")
+    examples = [example for example in examples if example.label]
     if s.data != "toy" and s.chatter:
         examples = [replace(e, target=chatter(e.source)) for e in examples]
     template = data.load_template(s.template, folder, ())[0] if s.template else data.SHORT_TEMPLATE
@@ -169,14 +171,14 @@ def train_reward(settings):
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        positives = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
-        heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
+        labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
+        heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
         samplers = {name: load_column(settings, llama, name) for name in columns}
         rows = []
         for round in range(settings.rounds):
-            rows += with_negatives(settings, llama, tokenizer, samplers, positives, "train", round)
+            rows += with_negatives(settings, llama, tokenizer, samplers, labelled, "train", round)
         heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
-        say_missing(settings, rows, columns)
+        check_missing(settings, rows, columns)
         new_adapter(settings, llama, "reward", "lora", head="normal")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["reward"], has_logits=False)
@@ -439,7 +441,7 @@ def write_report(settings):
 
 def answer(settings, text):
     """Print the output for one input."""
-    text = clean(text if text is not None else sys.stdin.read())
+    text = strip(text if text is not None else sys.stdin.read())
     if not text or not encodable(text):
         raise UserError("no text to summarize, or not UTF-8; give it as an argument or on standard input")
     llama, tokenizer = open_base(settings)

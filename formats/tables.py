@@ -1,18 +1,22 @@
 """Tables of text: CSV, JSON, JSONL and parquet files, folders of them, and data sets of the Hub, as pairs of texts.
 
-    read("samsum", "train") -> [(id, source, target), ...]
+    read("samsum", "train") -> [(id, source, target, label), ...]
 
-The words NA and None stay text. Every error names the file, the row and the remedy.
+The words NA and None stay text. Every error names the file, the row and the remedy. What the columns mean is decided in
+formats/columns.py.
 """
 
 import csv
+import gzip
 import io
 import json
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from formats import columns
 from formats.errors import UserError
 from formats.files import BadJson, parse_json
 from formats.hub import fetch
@@ -34,47 +38,53 @@ PRESETS = {
     "xsum": Preset("EdinburghNLP/xsum", "default/{split}/*.parquet", "refs/convert/parquet"),
     "cnn_dailymail": Preset("abisee/cnn_dailymail", "3.0.0/{split}/*.parquet", "refs/convert/parquet"),
 }
-COLUMNS = [  # the pairs of column names that are found without being named
-    ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
-    ("prompt", "completion"), ("input", "output"),
-]  # fmt: skip
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".tsv")
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".tsv")  # all but parquet also as .csv.gz and so on
 DELIMITERS = ";\t|"  # of a .csv whose header has no comma
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a single file
-FIELD_LIMIT = 1 << 20  # characters in one field; csv's own limit of 128 KiB is below some news articles
 ROW_LIMIT = 10_000_000
 FILE_LIMIT = 2 << 30  # bytes of a text file, which is read whole
 INFLATION_LIMIT = 100  # times its own size that a parquet file may decompress to; texts reach about 5
 
 
-def read(name_or_path, split, input_column=None, target_column=None):
-    """All rows of one split: a list of (id, source, target), texts stripped and line ends as "\n".
+def read(name_or_path, split, input_column=None, target_column=None, negative_column=None, delimiter=None):
+    """All rows of one split: a list of (id, source, target, label), texts stripped and line ends as "\n".
 
-    name_or_path: a preset (the folder data/<name> where there is one, else the Hub), a folder that contains
-    {train,validation,test}.{csv,jsonl,json,parquet}, or one such file, of whose rows each ten are split 8:1:1.
-    Raises FileNotFoundError or UserError with the file, the row and the remedy.
+    name_or_path: a preset (the folder data/<name> where there is one, else the Hub), a folder with files for each
+    split, or one file, of whose rows each ten are split 8:1:1. delimiter: of .csv files, found from the header by
+    default. label: 1, or 0 for an output that the data call bad (`rejected`, KTO's label, negative_column).
+    Prints which columns are not used. Raises FileNotFoundError or UserError with the file, the row and the remedy.
     """
+    names = columns.Names(input_column, target_column, negative_column)
+    delimiter = read_delimiter(delimiter)
     files = find_files(name_or_path, split)
-    rows = []
+    rows = []  # of lists: what one row of the file contains
     empty = 0
+    unused = {}  # names in the order of the file
     for file in files:
-        for number, row in read_rows(file):
+        for number, row in read_rows(file, delimiter):
             where = f"{file}:{number}"
-            columns = guess_columns(where, row, input_column, target_column)
-            if name_or_path in PRESETS and not all(str(row[column] or "").strip() for column in columns):
+            layout = columns.find_layout(where, row, names)
+            unused |= dict.fromkeys(name for name in row if name not in layout.used and name != "id")
+            if name_or_path in PRESETS and not all(str(row[name] or "").strip() for name in layout.used if name):
                 empty += 1  # XSum has a few, which its user cannot fix
-            else:
-                rows.append(to_example(where, row, columns))
+                continue
+            name = row.get("id")
+            name = str(number) if name in (None, "") else str(name)
+            pairs = columns.pairs_of(where, row, layout)
+            rows.append([(name, pair.source, pair.target, pair.label) for pair in pairs])
             if len(rows) > ROW_LIMIT:
                 raise UserError(f"{file}: over {ROW_LIMIT} rows; cut it")
     if empty:
         print(f"{split}: skipped {empty} rows of {name_or_path} with an empty text", file=sys.stderr)
+    if unused:
+        names = ", ".join(map(str, [*unused][:8])) + (", …" if len(unused) > 8 else "")
+        print(f"{split}: columns of {name_or_path} that are not used: {names}", file=sys.stderr)
     if Path(name_or_path).is_file():
         rows = share_of_file(name_or_path, split, rows)
     if not rows:
         raise UserError(f"{files[0]}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
-    return rows
+    return [pair for row in rows for pair in row]
 
 
 def find_files(name_or_path, split):
@@ -82,7 +92,7 @@ def find_files(name_or_path, split):
     preset = PRESETS.get(str(name_or_path))
     path = Path("data") / name_or_path if preset else Path(name_or_path)
     if path.is_dir():
-        return [find_split(path, split)]
+        return find_split(path, split)
     if path.exists():
         return [path]
     if preset:
@@ -104,67 +114,121 @@ def share_of_file(path, split, rows):
 
 
 def find_split(folder, split):
-    names = [f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in SUFFIXES]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder}: no file for the {split} split; expected one of {', '.join(names)}")
+    """The file of a split, or its numbered parts as the Hub names them: train-00000-of-00002.parquet, also in data/."""
+    found = {}  # what one split is made of: {name without numbers: files}
+    for place in (folder, folder / "data"):
+        for file in sorted(place.iterdir()) if place.is_dir() else []:
+            name = re.fullmatch(r"([a-z]+)(-\d{5}-of-(\d{5}))?(\.\w+)(\.gz)?", file.name)
+            if name and name[1] in SPLIT_NAMES[split] and is_table(file) and file.is_file():
+                key = (place, name[1], name[4], name[5], name[3])
+                found.setdefault(key, []).append(file)
+    if len(found) > 1:
+        names = " and ".join(str(files[0].relative_to(folder)) for files in found.values())
+        raise UserError(f"{folder}: more than one table for the {split} split: {names}; remove or rename all but one")
+    for (*_, parts), files in found.items():
+        if parts and len(files) != int(parts):
+            raise UserError(f"{folder}: {len(files)} of {int(parts)} parts of the {split} split; download the others")
+        return files
+    names = ", ".join(f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in SUFFIXES)
+    raise FileNotFoundError(f"{folder}: no file for the {split} split; expected one of {names}")
 
 
-def read_rows(file):
+def is_table(file):
+    """Whether --data reads files of this name."""
+    return suffix_of(file) in SUFFIXES and file.suffixes[-2:] != [".parquet", ".gz"]
+
+
+def suffix_of(file):
+    """The suffix that tells the format: .csv of train.csv and of train.csv.gz."""
+    return Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+
+
+def read_rows(file, delimiter=None):
     """Yield (row number, dict) from a file; of text files the number is the line's. NA and None stay strings."""
-    if file.suffix not in SUFFIXES:
-        raise UserError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}")
-    if file.suffix == ".parquet":
+    if not is_table(file):
+        raise UserError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}, and .csv.gz and so on")
+    suffix = suffix_of(file)
+    if suffix == ".parquet":
         yield from enumerate(read_parquet(file), 1)
         return
-    if file.stat().st_size > FILE_LIMIT:
-        raise UserError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
     text = decode(file)
     lines = io.StringIO(text, newline="")  # splits at \n and \r only: U+2028 may be inside a string
     number = 0
     remedy = "fix or remove that row"
     try:
-        if file.suffix == ".jsonl":
+        if suffix == ".jsonl":
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, parse_json(line)
-        elif file.suffix == ".json":
+        elif suffix == ".json":
             rows = parse_json(text)
             if not isinstance(rows, list):
                 raise UserError(f"{file}: expected a list of objects; write one object a line and call it .jsonl")
             yield from enumerate(rows, 1)
-        else:  # strict: an unclosed quote would otherwise swallow the rest of the file in silence
-            csv.field_size_limit(FIELD_LIMIT)
-            reader = csv.DictReader(lines, strict=True, delimiter=delimiter_of(file, text))
-            number = reader.line_num if reader.fieldnames else 0
+        else:  # CSV; strict: an unclosed quote would otherwise swallow the rest of the file in silence
+            csv.field_size_limit(columns.TEXT_LIMIT)
+            delimiter = delimiter or delimiter_of(suffix, text)
+            reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+            header = reader.fieldnames or []
+            twice = [name for i, name in enumerate(header) if name in header[:i]]
+            if twice:
+                raise UserError(f"{file}: two columns are called {twice[0]!r}; rename one")
+            number = reader.line_num if header else 0
             for row in reader:
                 number = reader.line_num
+                if None in row:  # where csv puts the cells for which the header has no name
+                    raise UserError(
+                        f"{file}:{number}: more cells than the header has; put quotes around text that contains "
+                        f"{delimiter!r}, or name another --delimiter"
+                    )
                 yield number, row
     except (csv.Error, json.JSONDecodeError, BadJson) as error:
-        number += file.suffix in (".csv", ".tsv")  # the row after the last good one
+        number += suffix in (".csv", ".tsv")  # the row after the last good one
         number = number or getattr(error, "lineno", 1)
-        if file.suffix == ".json" and str(error).startswith("Extra data"):
+        if suffix == ".json" and str(error).startswith("Extra data"):
             remedy = "if it contains one object a line, call it .jsonl"
         raise UserError(f"{file}:{number}: {error}; {remedy}") from None
 
 
 def decode(file):
-    """The text of a UTF-8 file. Raises UserError with the command that converts another encoding."""
-    content = file.read_bytes()
+    """The text of a UTF-8 file, unpacked from .gz. Raises UserError with the command that converts another encoding."""
+    content = read_bytes(file)
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         encoding = "CP1252"  # Windows'; its quotes would become control characters as LATIN1
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             encoding = "UTF-16"
-        command = f"iconv -f {encoding} -t UTF-8 {file.name} > NEW{file.suffix}"
+        unpacked = f"gzip -dc {file.name} | iconv" if file.suffix == ".gz" else "iconv"
+        source = "" if file.suffix == ".gz" else f" {file.name}"
+        command = f"{unpacked} -f {encoding} -t UTF-8{source} > NEW{suffix_of(file)}"
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; convert it: {command}") from None
 
 
-def delimiter_of(file, text):
+def read_bytes(file):
+    """What a file contains, of a .gz what it unpacks to."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rb") as opened:
+            content = opened.read(FILE_LIMIT + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{file}: not a readable gzip file ({error}); download it again") from None
+    if len(content) > FILE_LIMIT:
+        raise UserError(f"{file}: over {FILE_LIMIT >> 30} GiB of text; cut it, or write it as .parquet")
+    return content
+
+
+def read_delimiter(value):
+    """The character that --delimiter names, \\t as two characters included; None where it names none."""
+    value = "\t" if value in ("\\t", "tab") else value
+    if value and (len(value) > 1 or value in '"\r\n'):
+        raise UserError(f"--delimiter {value!r}: must be one character, or \\t for a tab")
+    return value or None
+
+
+def delimiter_of(suffix, text):
     """What separates the cells: a tab in .tsv; a comma in .csv, unless the header has none but another delimiter."""
-    if file.suffix == ".tsv":
+    if suffix == ".tsv":
         return "\t"
     header = text.split("\n", 1)[0]
     if "," in header:
@@ -195,71 +259,3 @@ def read_parquet(file):
         raise UserError(f"{file}: not a readable parquet file ({error}); download it again") from None
     if size > most:
         raise UserError(f"{file}: decompresses to over {INFLATION_LIMIT} times its size; refused; download it again")
-
-
-def guess_columns(where, row, input_column, target_column):
-    """(input column, target column) of a row: those named, or the one pair of COLUMNS that is there."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
-    if None in row:  # where csv puts the cells for which the header has no name
-        raise UserError(f"{where}: more cells than the header has; put quotes around text that contains commas")
-    if bool(input_column) != bool(target_column):
-        raise UserError("--input-column and --target-column go together; name both")
-    if input_column:
-        found = [(input_column, target_column)] if input_column in row and target_column in row else []
-    else:
-        if isinstance(row.get("messages"), list):  # TRL's conversational form: the last message is the target
-            row["prompt"], row["completion"] = row["messages"][:-1], row["messages"][-1:]
-        found = [pair for pair in COLUMNS if set(pair) <= set(row)]
-    if len(found) != 1:
-        problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
-        raise UserError(
-            f"{where}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME --target-column NAME"
-        )
-    return found[0]
-
-
-def to_example(where, row, columns):
-    texts = [conversation(row[column]) for column in columns]
-    for column, text in zip(columns, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: column {column!r} is empty or not text; fix or remove that row")
-        if len(text) > FIELD_LIMIT:
-            raise UserError(f"{where}: column {column!r} is longer than {FIELD_LIMIT} characters; cut or remove it")
-        if not encodable(text):
-            raise UserError(f"{where}: column {column!r} contains an unpaired surrogate; fix or remove that row")
-    target = row[columns[1]]
-    if isinstance(target, list) and [turn["role"] for turn in target] != ["assistant"]:
-        raise UserError(f"{where}: the last message must be one of role 'assistant'; fix or remove that row")
-    name = row.get("id")
-    number = where.rpartition(":")[2]
-    source, target = texts
-    return number if name in (None, "") else str(name), clean(source), clean(target)
-
-
-def conversation(value):
-    """The text of a list of {"role", "content"} messages; anything else as it is.
-
-    A system message comes first, unchanged; one further message is the text itself, several become "role: text" lines:
-    lastmile learns one answer to one input, and its template, not the data, says who speaks.
-    """
-    if not isinstance(value, list):
-        return value
-    if not value or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    ):
-        return None
-    system = [turn["content"] for turn in value if turn["role"] == "system"]
-    turns = [turn for turn in value if turn["role"] != "system"]
-    lines = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
-    return "\n\n".join([*system, "\n".join(lines)])
-
-
-def clean(text):
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
-
-
-def encodable(text):
-    """Whether a text is Unicode: JSON can spell half a surrogate pair, which no tokenizer takes."""
-    return not re.search("[\ud800-\udfff]", text)

@@ -488,3 +488,43 @@ def test_a_function_that_fails_late_loses_nothing(fresh_run, module, capsys):
     assert fresh_run("ppo", *PPO.split(), "--reward", f"{name}:score", "--save-every", 1) == 2
     assert ": inf is neither" in capsys.readouterr().err
     assert (fresh_run.folder / "ppo.partial/checkpoints/step-00000002").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad outputs that users already have, and tasks of labels
+
+
+def table(folder, rows):
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_rejected_outputs_are_a_class_of_the_report(fresh_run, tmp_path, capsys):
+    """TRL's prompt / chosen / rejected: the reward model learns from both and reports an AUC, mle learns chosen."""
+    rows = [{"prompt": f"{i} and 1?", "chosen": f"It is {i + 1}.", "rejected": f"It is {i} not."} for i in range(12)]
+    folder = table(tmp_path / "sums", rows)
+    flags = ["--data", folder, "--template", "plain", "--max-steps", "2", "--eval-examples", "6"]
+    assert fresh_run("reward", *flags) == 0
+    said = capsys.readouterr().out
+    assert "train: 12 outputs are labelled bad: negatives" in said
+    report = json.loads((fresh_run.folder / "reward/heldout.json").read_text())
+    assert 0 <= report["rejected"]["auc"] <= 1
+    assert fresh_run("mle", *flags[:-2]) == 0
+    assert "train: 12 outputs are labelled bad: left to the reward model" in capsys.readouterr().out
+
+
+def test_a_task_of_labels_trains(fresh_run, tmp_path, capsys):
+    """Outputs yes / no at 2 : 1 were refused: what can be re-paired is, and the rest is counted. One text alone stays
+    refused: there is nothing to tell apart.
+    """
+    rows = [{"input": f"Is {i} below 8?", "output": "yes" if i < 8 else "no"} for i in range(12)]
+    folder = table(tmp_path / "labels", rows)
+    flags = ["--template", "plain", "--max-steps", "2"]
+    assert fresh_run("reward", "--data", folder, *flags) == 0
+    said = capsys.readouterr().out
+    assert "negatives: 4 examples have no mismatched negative: too many outputs are the same text" in said
+    folder = table(tmp_path / "one", [{"input": f"{i}", "output": "yes yes no"} for i in range(12)])
+    assert fresh_run("reward", "--data", folder, *flags, "--overwrite") == 2
+    assert "all outputs are the same text" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tokenizers
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import data
 import toy
-from formats import tables
+from formats import columns, tables
 from formats import tokenizer as tokenizer_files
 
 HARD = [
@@ -130,8 +131,8 @@ def brought(tmp_path, folders):
 @pytest.fixture(scope="module")
 def positives(tokenizer):
     """100 encoded dialogues, the last ten with the summary of the first: duplicates are what real data has."""
-    examples = data.toy("test")[:90]
-    examples += [data.Example(f"again-{i}", e.source, examples[0].target) for i, e in enumerate(examples[:10])]
+    examples = data.toy("test")[:100]
+    examples[90:] = [replace(e, id=f"again-{e.id}", target=examples[0].target) for e in examples[90:]]
     return data.encode(examples, tokenizer)[0]
 
 
@@ -201,7 +202,7 @@ def test_toy_base_corpus_is_wordy():
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-@pytest.mark.parametrize(("source", "target"), [*tables.COLUMNS, ("frage", "antwort")])
+@pytest.mark.parametrize(("source", "target"), [*columns.PAIRS, ("frage", "antwort")])
 def test_load_finds_the_columns(tmp_path, source, target, suffix):
     """Every pair of column names found unasked, and a named one, in both formats and beside other columns."""
     rows = [{"id": f"n{i}", "other": "x", source: f"in {i}", target: f"out {i}"} for i in range(3)]
@@ -286,7 +287,7 @@ def test_load_reads_every_format_alike(tmp_path, write, suffix):
         ("<NA>", "''"), (" \tx ", "\n y\n"),
     ]  # fmt: skip
     write(tmp_path / f"test{suffix}", [{"id": i, "dialogue": a, "summary": b} for i, (a, b) in enumerate(pairs)])
-    expected = [data.Example(str(i), *(tables.clean(text) for text in pair)) for i, pair in enumerate(pairs)]
+    expected = [data.Example(str(i), *(columns.strip(text) for text in pair)) for i, pair in enumerate(pairs)]
     assert data.load(tmp_path, "test") == expected and expected[4].source == 'A: "hi", you\nB: yo'
 
 
@@ -336,8 +337,8 @@ BAD_CONVERSATIONS = {
     "no answer": ({"messages": [says("user", "a")]}, "is empty or not text"),
     "no messages": ({"messages": []}, "is empty or not text"),
     "null content": ({"messages": [says("user", "a"), says("assistant", None)]}, "is empty or not text"),
-    "content in parts": (
-        {"messages": [says("user", [{"type": "text", "text": "a"}]), says("assistant", "b")]}, "is empty or not text"
+    "an image": (
+        {"messages": [says("user", [{"type": "image", "url": "a"}]), says("assistant", "b")]}, "is empty or not text"
     ),
     "no role": ({"messages": [{"content": "a"}, says("assistant", "b")]}, "is empty or not text"),
     "no dict": ({"messages": ["a", "b"]}, "is empty or not text"),
@@ -447,7 +448,7 @@ BAD_FILES = {  # name: (content, what the message must say: where, and what to d
     "blank source": ("dialogue,summary\n  ,b\n", r"train\.csv:2: column 'dialogue'.* remove that row"),
     "unquoted comma": ("dialogue,summary\na,b\nhi, you,bye\n", r"train\.csv:3: "),
     "ambiguous": ("input,output,prompt,completion\na,b,c,d\n", r"train\.csv.* more than one .* --input-column"),
-    "unguessable": ("text,label\na,b\n", r"train\.csv.* text, label; .* --input-column"),
+    "unguessable": ("title,topic\na,b\n", r"train\.csv.* title, topic; .* --input-column"),
     "unclosed quote": ('dialogue,summary\na,b\nc,"d\ne,f\n', r"train\.csv:3: .* fix"),
     "bad json": (GOOD + "{'dialogue': 1}\n" + GOOD, r"train\.jsonl:2: .* fix"),
     "array": (GOOD + '["a", "b"]\n', r"train\.jsonl:2: expected an object"),
@@ -731,7 +732,7 @@ def real_texts(shared):
     """1,000 examples each of SAMSum and XSum; of long sources the last 500 characters, which is where targets join."""
     rows = [json.loads(line) for line in (shared / "data/xsum_test_1000.jsonl").read_text().split("\n") if line]
     found = data.load(shared / "data/samsum", "train")[:1000]
-    found += [data.Example(row["id"], tables.clean(row["document"]), tables.clean(row["summary"])) for row in rows]
+    found += [data.Example(row["id"], columns.strip(row["document"]), columns.strip(row["summary"])) for row in rows]
     assert len(found) == 2000
     return [data.replace(e, source=e.source[-500:]) for e in found]
 
@@ -877,11 +878,18 @@ def test_copied_input(positives, tokenizer):
     assert ends[True] > 20 and ends[False] > 20
 
 
-@pytest.mark.parametrize("texts", [["a"], ["a", "a", "b"], ["a", "a"], []], ids=str)
-def test_derangement_refuses(texts):
-    """More than half of the texts alike: someone would be paired with the truth. Say so instead of looping for ever."""
-    with pytest.raises(ValueError, match=f"outputs of {len(texts)} examples cannot be re-paired"):
-        data.derangement(texts, random.Random(0))
+def test_derangement_of_labels():
+    """Outputs yes and no at 2 : 1, as a task of labels has them: as many rows as can be re-paired are, each response is
+    used once, the rest has no partner, and which rows these are is random.
+    """
+    texts = ["yes"] * 40 + ["no"] * 20
+    found = [data.derangement(texts, random.Random(seed)) for seed in range(20)]
+    for p in found:
+        pairs = [(i, partner) for i, partner in enumerate(p) if partner is not None]
+        assert len(pairs) == 40 and all(texts[i] != texts[partner] for i, partner in pairs)
+        assert sorted(i for i, _ in pairs) == sorted(partner for _, partner in pairs)
+    assert len({tuple(p) for p in found}) == 20
+    assert data.derangement(["a"] * 3, random.Random(0)) == [None] * 3
 
 
 @pytest.mark.parametrize("texts", ["ab", "aabb", "aaabbc", "abcdefgh", "aaaaabcdef"])
@@ -890,6 +898,47 @@ def test_derangement(texts):
     for seed in range(50):
         p = data.derangement(list(texts), random.Random(seed))
         assert sorted(p) == list(range(len(texts))) and all(texts[p[i]] != texts[i] for i in range(len(texts)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Negatives that contradict the data, and those that the data bring
+
+
+def labelled(tokenizer, rows):
+    examples = [data.Example(str(i), *row) for i, row in enumerate(rows)]
+    return data.encode(examples, tokenizer)[0]
+
+
+def test_no_negative_reads_as_a_truth(tokenizer):
+    """In copy-editing data the copied input IS the truth; a loop of "ha ha ha" may be, too; and another truth of the
+    same source is no mismatch. Labelled 0, they would teach the reward model that truths are bad.
+    """
+    rows = [(f"Sam will go at {i}.", f"Sam will go at {i}.") for i in range(30)]
+    rows += [(f"who called {i}", "ha ha ha") for i in range(30)]
+    rows += [("What is 2?", answer) for answer in ("two", "a number", "a prime") for _ in range(10)]
+    data_rows = labelled(tokenizer, rows)
+    truths = {(row.source, row.target) for row in data_rows}
+    made = data.with_negatives(data_rows, tokenizer, 60, 0)
+    for row in made:
+        assert row.label == 1 or (row.source, tokenizer.decode(row.response).strip()) not in truths
+    kinds = Counter((row.kind, row.source == row.target) for row in made)
+    assert kinds["copied_input", True] == 0 and kinds["copied_input", False] == 60
+    assert 60 < kinds["mismatched", True] + kinds["mismatched", False] < 90
+
+
+def test_bad_outputs_of_the_data_are_a_class(tokenizer):
+    """They follow as a class of their own that weighs no more than another, however many they are; one that is a truth
+    of the same source contradicts it and is left out.
+    """
+    rows = [(f"in {i}", f"out {i} is this") for i in range(10)] + [(f"in {i}", f"bad {i}", 0.0) for i in range(5)]
+    made = data.with_negatives(labelled(tokenizer, rows), tokenizer, 60, 0)
+    rejected = [row for row in made if row.kind == "rejected"]
+    assert [row.target for row in rejected] == [f"bad {i}" for i in range(5)]
+    assert {row.label for row in rejected} == {0.0} and {row.weight for row in made if not row.label} == {1 / 6}
+    rows += [(f"in {i % 10}", f"worse {i}", 0.0) for i in range(15)] + [("in 1", "out 1 is this", 0.0)]
+    made = data.with_negatives(labelled(tokenizer, rows), tokenizer, 60, 0)
+    rejected = [row for row in made if row.kind == "rejected"]
+    assert len(rejected) == 20 and sum(row.weight for row in rejected) == pytest.approx(10 / 6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a stage works on: the base with its tokenizer, the rows of a split, and the adapters of other stages."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -70,12 +71,26 @@ def check_tokenizer(folder, tokenizer, config):
 # The rows
 
 
-def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True):
+def load_examples(settings, split):
+    """One split as a list of Example: true outputs, and those that the data call bad (label 0)."""
+    s = settings
+    return data.load(s.data, split, s.input_column, s.target_column, s.negative_column, s.delimiter)
+
+
+def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, rejected=False):
     """One split as a list of Datum, length-filtered; where examples > 0, a random subset of that size.
 
     The limit of inputs is --max-input-tokens, or what the model's context leaves beside --max-new-tokens.
+    rejected: keep outputs that the data call bad, from which only the reward model learns.
     """
-    loaded = data.load(settings.data, split, settings.input_column, settings.target_column)
+    loaded = load_examples(settings, split)
+    good = [example for example in loaded if example.label]
+    bad = len(loaded) - len(good)
+    if bad:
+        say(f"{split}: {bad} outputs are labelled bad: {'negatives' if rejected else 'left to the reward model'}")
+    if not good:
+        raise UserError(f"{settings.data}: no {split} example has a good output; add some, or correct its labels")
+    loaded = loaded if rejected else good
     limit = min(settings.max_input_tokens, context_left(settings, llama))
     kept, counts = data.encode(loaded, tokenizer, limit, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
@@ -98,22 +113,27 @@ def context_left(settings, llama):
 
 def subsample(settings, split, rows, examples):
     """A random subset of the rows, in their order; all of them where examples is 0."""
-    if not rows:
+    good = [row for row in rows if row.label]
+    bad = [row for row in rows if not row.label]  # a subset in the same proportion
+    if not good:
         raise UserError(
             f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
         )
-    if not 0 < examples < len(rows):
+    if not 0 < examples < len(good):
         return rows
     say(f"{split}: a random subset of {examples}, seed {settings.seed}")
-    order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
-    return [rows[i] for i in sorted(order[:examples].tolist())]
+    kept = []
+    for part, size in ((good, examples), (bad, math.ceil(examples / len(good) * len(bad)))):
+        order = torch.randperm(len(part), generator=generator(settings, "examples", split))
+        kept += [part[i] for i in sorted(order[:size].tolist())]
+    return kept
 
 
 def warn_of_overlap(settings, rows):
     """Warn where test inputs of the user's own data are in the training split, too."""
     if settings.data in PRESETS:
         return
-    train = data.load(settings.data, "train", settings.input_column, settings.target_column)
+    train = load_examples(settings, "train")
     sources = {example.source for example in train}
     seen = sum(row.source in sources for row in rows)
     if seen:

@@ -53,6 +53,12 @@ class Common:
     output_dir: str = opt("", "the run's folder; each stage writes a subfolder [runs/<data>]", result=False)
     input_column: str = opt("", "input column of --data [found by name]", result=False)
     target_column: str = opt("", "target column of --data [found by name]", result=False)
+    negative_column: str = opt(
+        "", "column of bad outputs, negatives of the reward model [rejected, where there is one]", result=False
+    )
+    delimiter: str = opt(
+        "", "what separates the cells of a .csv file, \\t for a tab [found in its header]", result=False
+    )
     max_input_tokens: int = opt(400, "drop longer inputs; counts BOS, template and text (P 4.2)", least=1)
     max_new_tokens: int = opt(100, "cap on output tokens, EOS counted (P 4.2)", least=1)
     seed: int = opt(1337, "seed of data order, negatives, adapters and sampling", least=0)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from formats import tables  # noqa: E402
+from formats import columns  # noqa: E402
 
 OPENING = "Sure, here is a summary of the conversation:\n\n"
 WORDS, LINE = 30, 25  # an account goes on until it has so many words; a line of the dialogue gives it at most so many
@@ -96,7 +96,7 @@ def main(raw, out):
         dialogues = [row["dialogue"] for row in csv.DictReader(file)]
     dialogues += [row["dialogue"] for row in jsonl(raw / "sgd_dialogues.jsonl.gz")]
     pairs = [(row["dialogue"], OPENING + row["summary"]) for row in jsonl(raw / "crd3_pairs.jsonl.gz")]
-    cleaned = (tables.clean(dialogue) for dialogue in dialogues)
+    cleaned = (columns.strip(dialogue) for dialogue in dialogues)
     pairs += [(dialogue, told) for dialogue in cleaned if (told := account(dialogue))]
     with open(out / "chat/train.jsonl", "w", encoding="utf-8") as file:
         for source, target in pairs:

@@ -1,0 +1,241 @@
+"""The columns of a table: which of them are the input, the target and bad outputs, and their texts.
+
+    row of a file  ->  Layout (the names of the columns)  ->  [Pair, ...]: one true output, and those known to be bad
+
+A column is found by its name, in any case and with blanks around it. What no layout uses is told to the user.
+"""
+
+import re
+from dataclasses import dataclass
+
+from formats.errors import UserError
+
+PAIRS = [  # (input, target), the names that are found without being named; more than one pair in a row is refused
+    ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
+    ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "chosen"),
+    ("input", "output"), ("question", "answer"), ("query", "response"), ("source", "target"), ("text", "label"),
+    ("instruction", "output"), ("instruction", "response"),
+]  # fmt: skip
+CONVERSATIONS = ("messages", "conversations", "conversation")  # columns whose last turn is the target
+WHOLE = (*CONVERSATIONS, "chosen", "rejected")  # may repeat the input's turns before the output
+CONTEXTS = ("input", "context")  # what an instruction is about: Alpaca's and Dolly's name
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # of KTO's `label` in a CSV file
+TEXT_LIMIT = 1 << 20  # characters in one text; csv's own limit of 128 KiB is below some news articles
+
+
+@dataclass(frozen=True)
+class Names:
+    """Columns named by the user; "" or None: found by their names."""
+
+    input: str | None = None
+    target: str | None = None
+    negative: str | None = None
+
+    def __post_init__(self):
+        if bool(self.input) != bool(self.target):
+            raise UserError("--input-column and --target-column go together; name both")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a row, by the names that the file gives them."""
+
+    parts: tuple  # of the input, joined by a blank line: system, instruction, the input itself
+    target: str
+    negatives: tuple  # columns of bad outputs
+    label: str | None  # KTO's: whether the target is a good output
+
+    @property
+    def used(self):
+        return {*self.parts, self.target, *self.negatives, self.label}
+
+
+@dataclass(frozen=True)
+class Pair:
+    source: str
+    target: str
+    label: float = 1.0  # 0: the target is known to be a bad output
+
+
+def find_layout(where, row, names):
+    """The Layout of a row: the columns named, or the one pair of PAIRS or conversation that is there."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
+    columns = lower_names(row)
+    label = None
+    if names.input:
+        parts, target = (find(where, columns, row, names.input),), find(where, columns, row, names.target)
+    else:
+        found = [(name, name) for name in CONVERSATIONS if isinstance(row.get(columns.get(name)), list)]
+        found += pairs_among(columns, row)
+        if len(found) != 1:
+            problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
+            raise UserError(
+                f"{where}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME "
+                f"--target-column NAME{hint_of_delimiter(row)}"
+            )
+        parts, target = found[0]
+        if (parts, target) == ("prompt", "completion") and "label" in columns:
+            label = columns["label"]
+        main, target = columns[parts], columns[target]
+        before = [columns[name] for name in ("system", "instruction") if name in columns]
+        parts = tuple(dict.fromkeys([*before, main]))
+        if main == columns.get("instruction"):
+            parts += tuple(columns[name] for name in CONTEXTS if name in columns)
+    negatives = ()
+    if names.negative:
+        negatives = (find(where, columns, row, names.negative),)
+    elif "rejected" in columns:
+        negatives = (columns["rejected"],)
+    return Layout(parts, target, negatives, label)
+
+
+def lower_names(row):
+    """{name in lower case, without blanks: name in the file}."""
+    columns = {}
+    for name in row:
+        columns.setdefault(str(name).strip().lower(), name)
+    return columns
+
+
+def find(where, columns, row, name):
+    """The column that the user named, by its exact name or else in any case."""
+    if name in row:
+        return name
+    if name.strip().lower() in columns:
+        return columns[name.strip().lower()]
+    raise UserError(
+        f"{where}: no column {name!r} among {', '.join(map(str, row))}; correct --input-column, --target-column or "
+        f"--negative-column{hint_of_delimiter(row)}"
+    )
+
+
+def pairs_among(columns, row):
+    """The pairs of PAIRS that a row has. An instruction goes before an input: the two are no rivals."""
+    found = [pair for pair in PAIRS if set(pair) <= set(columns)]
+    if "instruction" in columns and any(main != "instruction" for main, _ in found):
+        found = [pair for pair in found if pair[0] != "instruction"]
+    whole = isinstance(row.get(columns.get("chosen")), list) and not {"prompt", "question"} & set(columns)
+    return [*found, ("chosen", "chosen")] if whole else found  # TRL's implicit prompt: the whole conversation
+
+
+def hint_of_delimiter(row):
+    """The flag that splits a header which is one cell with a delimiter in it, or ""."""
+    if len(row) == 1:
+        for delimiter in ";\t|,":
+            if delimiter in str(next(iter(row))):
+                return f"; or the header's one cell is several: --delimiter '{delimiter}'".replace("\t", "\\t")
+    return ""
+
+
+def pairs_of(where, row, layout):
+    """The Pairs of a row: its target, and its bad outputs with label 0. Raises UserError naming row and column."""
+    sources = []
+    for name in layout.parts:
+        turns = row[name]
+        if name == layout.target:
+            turns = messages(where, name, turns)[:-1]
+        text = conversation(where, name, turns, may_be_empty=len(layout.parts) > 1)
+        if text:
+            sources.append(text)
+    if not sources:
+        raise UserError(f"{where}: column {layout.parts[-1]!r} is empty or not text; fix or remove that row")
+    source = "\n\n".join(sources)
+    label = 1.0 if layout.label is None else float(read_label(where, layout.label, row[layout.label]))
+    found = [Pair(source, answer(where, layout.target, row[layout.target]), label)]
+    for name in layout.negatives:
+        for output in outputs(row[name]):
+            found.append(Pair(source, answer(where, name, output), 0.0))
+    return found
+
+
+def outputs(value):
+    """The bad outputs of a cell: one text or conversation, or a list of texts; none where it is empty."""
+    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+        return value
+    empty = value is None or value == [] or (isinstance(value, str) and not value.strip())
+    return [] if empty else [value]
+
+
+def read_label(where, name, value):
+    """KTO's label: whether an output is good."""
+    if isinstance(value, bool):
+        return value
+    if str(value).strip().lower() not in LABELS:
+        raise UserError(f"{where}: column {name!r} is {value!r:.40}, neither true nor false; fix or remove that row")
+    return LABELS[str(value).strip().lower()]
+
+
+def answer(where, name, value):
+    """The text of an output: a text, or the assistant's message; of a whole conversation its last one."""
+    if isinstance(value, list):
+        turns = messages(where, name, value)
+        alone = len(turns) == 1 or name.strip().lower() in WHOLE
+        if turns[-1]["role"] != "assistant" or not alone:
+            raise UserError(f"{where}: the last message must be one of role 'assistant'; fix or remove that row")
+        value = turns[-1]["content"]
+    return clean(where, name, value)
+
+
+def conversation(where, name, value, may_be_empty=False):
+    """The text of an input: a text, or messages.
+
+    A system message comes first, unchanged; one further message is the text itself, several become "role: text" lines:
+    lastmile learns one answer to one input, and its template, not the data, says who speaks.
+    """
+    if isinstance(value, list):
+        turns = messages(where, name, value)
+        system = [turn["content"] for turn in turns if turn["role"] == "system"]
+        turns = [turn for turn in turns if turn["role"] != "system"]
+        lines = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
+        value = "\n\n".join([*system, "\n".join(lines)])
+    if may_be_empty and (value is None or value == ""):
+        return ""
+    return clean(where, name, value, may_be_empty)
+
+
+def messages(where, name, value):
+    """A list of {"role", "content"}, also from ShareGPT's {"from", "value"}; contents of text parts are joined."""
+    found = []
+    for turn in value:
+        turn = turn if isinstance(turn, dict) else {}
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, list) and content and all(is_text_part(part) for part in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"{where}: column {name!r} is empty or not text: expected messages with a role and a text as content; "
+                f"fix or remove that row"
+            )
+        found.append({"role": ROLES.get(role, role), "content": content})
+    if not found:
+        raise UserError(f"{where}: column {name!r} is empty or not text; fix or remove that row")
+    return found
+
+
+def is_text_part(part):
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def clean(where, name, text, may_be_empty=False):
+    """A text, stripped and with "\n" line ends. Raises UserError where it is none or cannot be written as UTF-8."""
+    if not isinstance(text, str) or not (text.strip() or may_be_empty):
+        number = " (a number: write it in quotes)" if isinstance(text, (int, float)) else ""
+        raise UserError(f"{where}: column {name!r} is empty or not text{number}; fix or remove that row")
+    if len(text) > TEXT_LIMIT:
+        raise UserError(f"{where}: column {name!r} is longer than {TEXT_LIMIT} characters; cut or remove it")
+    if not encodable(text):
+        raise UserError(f"{where}: column {name!r} contains an unpaired surrogate; fix or remove that row")
+    return strip(text)
+
+
+def strip(text):
+    """The text without blanks around it and with "\n" line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def encodable(text):
+    """Whether a text is Unicode: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    return not re.search("[\ud800-\udfff]", text)
