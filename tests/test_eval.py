@@ -1,5 +1,6 @@
 """Evaluation: the paper's metrics by hand, by the reference packages, and the paper's own numbers."""
 
+import json
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from rouge_score import rouge_scorer
 
 import data
 import eval as ev
+import lastmile
 from beyond import reward_function
 
 WORDS = ["amy", "ben", "chess", "park", "noon", "friday", "the", "a", "at", "will", "meet", "play", "go", "cake"]
@@ -328,3 +330,40 @@ def test_english_scores_do_not_move(shared):
         for i, (reference, prediction) in enumerate(zip(references, predictions, strict=True)):
             assert auto["rouge1-F1"][i] == scorer.score(reference, prediction)["rouge1"].fmeasure
             assert auto["excess_length"][i] == len(prediction.split()) - len(reference.split())
+
+
+MINI = {  # the words of a sentence "NAME goes to PLACE with NAME", as (names, places, input, output)
+    "Russian": (["Анна", "Иван", "Ольга", "Пётр"], ["парк", "музей", "театр", "лес", "город"],
+                "{a}: пойдём в {b}?\nМарк: да, в {b}!", "{a} идёт в {b} с Марком."),
+    "Chinese": (["小明", "小红", "小刚", "小丽"], ["公园", "学校", "商店", "餐厅", "车站"],
+                "{a}：我们去{b}吧？\n老王：好，去{b}！", "{a}和老王去{b}。"),
+    "Arabic": (["سارة", "أحمد", "ليلى", "عمر"], ["الحديقة", "المدرسة", "السوق", "المتحف", "المطعم"],
+               "{a}: هل نذهب إلى {b}؟\nخالد: نعم، إلى {b}!", "{a} يذهب إلى {b} مع خالد."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", MINI)
+def test_a_language_goes_through_the_stages(tmp_path, language, capsys):
+    """20 rows of a language through pretrain, mle, eval and tables: outputs that repeat the references score near 1 and
+    have their length. All of it was 0 before, whatever the model wrote.
+    """
+    names, places, source, target = MINI[language]
+    rows = [{"input": source.format(a=a, b=b), "output": target.format(a=a, b=b)} for a in names for b in places]
+    folder = tmp_path / "mini"
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    common = ["--data", str(folder), "--output-dir", str(tmp_path / "run")]
+    shape = "--hidden-size 64 --intermediate-size 128 --num-hidden-layers 2 --vocab-size 330 --no-chatter"
+    assert lastmile.main(["pretrain", *common, *shape.split(), "--epochs", "99", "--max-steps", "40"]) == 0
+    common += ["--model", str(tmp_path / "run/pretrain")]
+    rate = "--learning-rate 2e-2 --epochs 99 --max-steps 60"
+    assert lastmile.main(["mle", *common, *rate.split()]) == 0
+    assert lastmile.main(["eval", *common, "--adapters", "base,mle", "--max-new-tokens", "60"]) == 0
+    assert lastmile.main(["tables", *common]) == 0
+    said = capsys.readouterr().out
+    facts = json.loads((tmp_path / "run/eval/facts.json").read_text())
+    scores = json.loads((tmp_path / "run/eval/scores.json").read_text())["mle"]
+    assert facts["rouge_tokenizer"] == "unicode" and "unicode tokenizer" in said
+    assert scores["la-rouge1-F1"] > 0.9 and abs(scores["excess_length"]) < 0.5
