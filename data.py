@@ -16,10 +16,12 @@ Dimensions: B batch, T time (longest row of the batch).
 
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -382,7 +384,95 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def epochs(lengths, batch_size, seed):
-    """The batches of epoch 0, 1, 2, … without end."""
+def grouped_batches(rows, batch_size, seed, epoch, most=0, pool=16):
+    """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
+
+    rows: list of Datum. Groups of rows are shuffled, cut into pools, sorted and dealt as single rows are; as a group
+    cannot be cut, a batch has batch_size rows on average only: seven groups of six make three batches of 14.
+    """
+    rng = np.random.default_rng(stream_seed(seed, "order", epoch))
+    size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty
+    groups = []
+    for same in same_prompt(rows, rng.permutation(len(rows)).tolist()):
+        groups += [same[i : i + size] for i in range(0, len(same), size)]
+    groups = [groups[i] for i in rng.permutation(len(groups))]
+    number = math.ceil(len(rows) / batch_size)
+    pool_size = max(1, pool * len(groups) // number)
+    found = [[] for _ in range(number)]
+    done = 0
+    for start in range(0, len(groups), pool_size):
+        for group in sorted(groups[start : start + pool_size], key=partial(layout_length, rows)):
+            found[int((done + len(group) / 2) * number / len(rows))] += group
+            done += len(group)
+    return [found[i] for i in rng.permutation(number)]
+
+
+def same_prompt(rows, order):
+    """The row numbers of `order`, those with the same prompt together: a list of lists."""
+    groups = defaultdict(list)
+    for i in order:
+        groups[tuple(rows[i].prompt)].append(i)
+    return list(groups.values())
+
+
+def layout_length(rows, group):
+    """Tokens of one prompt with the responses of a group of row numbers."""
+    return len(rows[group[0]].prompt) + sum(len(rows[i].response) for i in group)
+
+
+def epochs(rows, batch_size, seed, share_prompts=False):
+    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers."""
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
     for epoch in itertools.count():
-        yield from batches(lengths, batch_size, seed, epoch)
+        if share_prompts:
+            yield from grouped_batches(rows, batch_size, seed, epoch)
+        else:
+            yield from batches(lengths, batch_size, seed, epoch)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Rows of a batch laid out so that a prompt which several of them share is there once.
+
+    Each of the G groups reads `prompt, response, response, …, padding`. Every response continues the positions of its
+    prompt, and sees the prompt and itself: what a row computes is what it computes alone.
+    """
+
+    tokens: torch.Tensor  # (G, S) long
+    positions: torch.Tensor  # (G, S) long: of a token in its row
+    visible: torch.Tensor  # (G, 1, S, S) bool: whether query q sees key k, for all heads
+    place: torch.Tensor  # (B, T) long: where a row's column t is in the flattened (G S)
+
+
+def share_prompts(batch):
+    """The SharedPrompts of a Batch. Values (G, S) of the layout become the batch's by `.flatten()[layout.place]`."""
+    rows = batch.rows
+    groups = same_prompt(rows, range(len(rows)))
+    B, T = batch.tokens.shape
+    G = len(groups)
+    S = max(layout_length(rows, group) for group in groups)
+    tokens = torch.zeros(G, S, dtype=torch.long)
+    positions = torch.zeros(G, S, dtype=torch.long)
+    part = torch.zeros(G, S, dtype=torch.long)  # 0: prompt, 1, 2, …: which of the group's responses
+    place = torch.zeros(B, T, dtype=torch.long)
+    for g, group in enumerate(groups):
+        prompt = rows[group[0]].prompt
+        P = len(prompt)
+        tokens[g, :P] = torch.tensor(prompt)
+        positions[g, :P] = torch.arange(P)
+        start = P
+        for n, b in enumerate(group, 1):
+            response = rows[b].response
+            end = start + len(response)
+            tokens[g, start:end] = torch.tensor(response)
+            positions[g, start:end] = torch.arange(P, P + len(response))
+            part[g, start:end] = n
+            place[b, :P] = torch.arange(g * S, g * S + P)
+            place[b, P : P + len(response)] = torch.arange(g * S + start, g * S + end)
+            start = end
+    column = torch.arange(S)
+    causal = column[:, None] >= column  # (S, S)
+    query, key = part[:, :, None], part[:, None, :]
+    visible = causal & ((key == 0) | (key == query))  # (G, S, S); padding is a prompt that nobody sees
+    tensors = [tokens, positions, visible[:, None], place]
+    return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])

@@ -192,21 +192,23 @@ def train_reward(settings):
         with Run(folder, "reward", settings, rows, optimizer, llama.folder, depends_on, bar) as run:
             for step, rate, batch in run.batches():
                 numbers = reward_step(
-                    llama, batch, optimizer, rate, weight_per_batch, settings.level, settings.micro_batch_size
-                )
+                    llama, batch, optimizer, rate, weight_per_batch, settings.level, settings.micro_batch_size,
+                    settings.share_prompts,
+                )  # fmt: skip
                 run.log(step, batch, learning_rate=rate, **numbers)
         llama.save_adapter("reward", folder, settings.model)
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
 
 
-def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", micro_batch_size=0):
+def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", micro_batch_size=0, shared=False):
     """One update of the reward model. Returns its metrics.
 
-    weight_per_batch: the sum of the rows' weights in an average batch, see `average_batch`.
+    weight_per_batch: the sum of the rows' weights in an average batch, see `average_batch`. shared: lay out a prompt
+    once for all of its rows, see data.SharedPrompts.
     """
     scores = []
     for part in batch.split(micro_batch_size):
-        score = llama.scalar(llama(part.tokens, "reward"), "reward")  # (B, T), read at the token itself
+        score = ppo.column_scores(llama, part, shared)  # (B, T)
         loss = ppo.reward_loss(score, part, level)
         optimizer.backward(loss, part.weight.sum().item() / weight_per_batch)
         scores.append(score.detach())

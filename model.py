@@ -148,6 +148,18 @@ def attend_last(q, k, v, length):
         return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
 
 
+def attend_visible(q, k, v, visible):
+    """Attention under a mask (B, 1, T, T): q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
+
+    The mask has no heads and the fused kernels, on CPUs and GPUs, make no (B, H, T, T) of it. They want as many key
+    heads as query heads where there is a mask; repeated keys are a small part of what a pass keeps.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -158,7 +170,7 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
         self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
 
-    def forward(self, x, cos, sin, adapter, cache, layer, last_positions):
+    def forward(self, x, cos, sin, adapter, cache, layer, last_positions, visible):
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
         q = rotate(q.view(B, T, self.H, self.D).transpose(1, 2), cos, sin)  # (B, H, T, D)
@@ -169,7 +181,9 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.fill(layer, k, v)
-            if last_positions is None:
+            if visible is not None:
+                y = attend_visible(q, k, v, visible)  # (B, H, T, D)
+            elif last_positions is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
             else:
                 last_q = q[cache.row, :, last_positions][:, :, None]  # (B, H, 1, D)
@@ -214,8 +228,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, last_positions=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, last_positions)
+    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, last_positions=None, visible=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, last_positions, visible)
         if last_positions is not None:
             x = x[cache.row, last_positions][:, None]  # (B, 1, C)
         x = y + x
@@ -247,15 +261,19 @@ class Llama(nn.Module):
         self.folder = None
         self.hash = ""
 
-    def forward(self, tokens, adapter=None, cache=None, last_positions=None):
+    def forward(self, tokens, adapter=None, cache=None, last_positions=None, positions=None, visible=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
+
+        positions (B, T) and visible (B, 1, T, T), together: of a layout that is not one row after the other, see
+        data.SharedPrompts.
 
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         last_positions (B,), with the prompts: the one column of each that is asked for. The last block then skips the
         rest, and the result is (B, 1, C).
         """
         B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device)  # (T,)
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)  # (T,)
         if cache is not None and T == 1:
             positions = cache.length[:, None]  # (B, 1)
         cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
@@ -264,9 +282,10 @@ class Llama(nn.Module):
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             if recompute:
-                x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False)
+                given = {"visible": visible, "use_reentrant": False, "preserve_rng_state": False}
+                x = checkpoint(block, x, cos, sin, adapter, **given)
             else:
-                x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None)
+                x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None, visible)
         return self.model.norm(x)
 
     def logits(self, h):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import collate, share_prompts
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,18 @@ def actor_critic(llama, batch, entropy_learns=False):
     return logp, entropy, fill(batch.mask, value)
 
 
+def column_scores(llama, batch, shared=False):
+    """The reward model's score of every column: (B, T), read at the token itself.
+
+    shared: pass over the prompt that several rows have only once; the same scores on the responses, to rounding.
+    """
+    if not shared:
+        return llama.scalar(llama(batch.tokens, "reward"), "reward")
+    layout = share_prompts(batch)
+    h = llama(layout.tokens, "reward", positions=layout.positions, visible=layout.visible)  # (G, S, C)
+    return llama.scalar(h, "reward").flatten()[layout.place]
+
+
 @torch.no_grad()
 def reward_scores(llama, batch, level="token"):
     """The reward model's score of every token that carries a reward: (B, T), 0 elsewhere.
@@ -206,8 +218,7 @@ def reward_scores(llama, batch, level="token"):
     A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
     activations and propagate through them: a third more memory and backward work for nothing.
     """
-    score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
-    return score * scored_tokens(batch.mask, level)
+    return column_scores(llama, batch) * scored_tokens(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

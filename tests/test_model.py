@@ -774,7 +774,7 @@ def test_headers_alone_make_the_model(tmp_path, monkeypatch, make):
     assert all(t.is_meta and not t.requires_grad for t in tensors.values())
 
 
-def kept_on_a_cpu(llama, tokens, adapter):
+def kept_on_a_cpu(llama, tokens, adapter, **layout):
     """Bytes of all that autograd keeps in a real pass, except parameters and buffers."""
     constant = {t.untyped_storage().data_ptr() for t in (*llama.parameters(), *llama.buffers())}
     kept = {}
@@ -784,7 +784,7 @@ def kept_on_a_cpu(llama, tokens, adapter):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        h = llama(tokens, adapter)
+        h = llama(tokens, adapter, **layout)
     assert h.requires_grad
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in constant)
 
@@ -807,6 +807,18 @@ def test_kept_bytes_are_those_of_a_real_pass(tmp_path, make, dtype):
             assert found == pytest.approx(kept_on_a_cpu(real, tokens_of(B, T), adapter), rel=0.05)
             sizes[B, T, type(adapter)] = found
     assert 0 < sizes[1, 16, str] < sizes[2, 16, str] < sizes[2, 256, str]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
+    """The same for the layout of shared prompts: its mask and, with grouped heads, the repeated keys are counted."""
+    theirs(num_key_value_heads=2).save_pretrained(tmp_path)
+    real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
+    for llama in (real, meta):
+        llama.add_adapter("reward", 4, 8.0, ["q_proj", "v_proj"], torch.Generator().manual_seed(0))
+    layout = {"positions": torch.arange(256).repeat(2, 1), "visible": torch.ones(2, 1, 256, 256).tril().bool()}
+    kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", **layout)
+    assert estimate.kept_bytes(meta, 2, 256, "reward", shared=True) == pytest.approx(kept, rel=0.05)
 
 
 def test_kept_bytes_with_recomputation(tmp_path):

@@ -5,8 +5,11 @@ is counted by running it without weights (training/estimate.py). The estimate le
 operations and what the allocator wastes.
 """
 
+import math
+
 import torch
 
+import data
 from training.estimate import kept_bytes
 from training.run import number_of_steps
 from training.terminal import say
@@ -66,16 +69,33 @@ def training_memory(settings, llama, rows, trained, learning, has_logits):
     """{what: bytes} that training adds."""
     for parameter in learning:
         parameter.requires_grad_(True)
-    B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    T = max(len(datum.prompt) + len(datum.response) for datum in rows)
+    shared = getattr(settings, "share_prompts", False)
+    B, T = largest_layout(settings, rows) if shared else largest_batch(settings, rows)
     adapters = () if trained == ["base"] else tuple((name, B) for name in trained)
     passes = max(len(adapters), 1)  # policy and value are two rows of one pass
     memory = {"gradients and AdamW": 3 * FP32 * sum(p.numel() for p in learning)}
-    memory["activations"] = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint)
+    memory["activations"] = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint, shared)
     if has_logits:  # logits, their log-softmax and their gradient, on response tokens only
         longest = max(len(datum.response) for datum in rows)
         memory["logits"] = 3 * FP32 * llama.config.vocab_size * B * longest
     return memory
+
+
+def largest_batch(settings, rows):
+    """(B, T) of the largest pass."""
+    B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
+    return B, max(len(datum.prompt) + len(datum.response) for datum in rows)
+
+
+def largest_layout(settings, rows):
+    """(G, S) of the largest pass of an epoch in the layout of shared prompts."""
+    shapes = []
+    for index in data.grouped_batches(rows, settings.batch_size, settings.seed, 0):
+        size = settings.micro_batch_size or len(index)
+        for start in range(0, len(index), size):
+            groups = data.same_prompt(rows, index[start : start + size])
+            shapes.append((len(groups), max(data.layout_length(rows, group) for group in groups)))
+    return max(shapes, key=math.prod)
 
 
 def cache_bytes(settings, config, rows):

@@ -12,19 +12,25 @@ class Fused(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], is_causal=True)[0]
+            mask = kwargs.get("attn_mask")
+            if mask is not None:
+                mask = torch.empty(mask.shape, dtype=args[0].dtype, device="meta")  # what the kernels make of it
+            causal = mask is None
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *args[:3], is_causal=causal, attn_mask=mask
+            )[0]
         if function is F.rms_norm:
             return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
         return function(*args, **(kwargs or {}))
 
 
-def kept_bytes(llama, B, T, adapter, recompute=False):
+def kept_bytes(llama, B, T, adapter, recompute=False, shared=False):
     """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, in addition to the parameters.
 
     Counted by running the pass on the meta device. llama: loaded with weights=False. recompute: count what
-    --grad-checkpoint keeps, the input of every block and the inside of one.
+    --grad-checkpoint keeps, the input of every block and the inside of one. shared: in the layout of shared prompts.
     """
-    everything = bytes_of_pass(llama, B, T, adapter)
+    everything = bytes_of_pass(llama, B, T, adapter, shared)
     if not recompute:
         return everything
     blocks = llama.config.num_hidden_layers
@@ -32,7 +38,7 @@ def kept_bytes(llama, B, T, adapter, recompute=False):
     return everything // blocks + inputs
 
 
-def bytes_of_pass(llama, B, T, adapter):
+def bytes_of_pass(llama, B, T, adapter, shared=False):
     """Bytes of the tensors that one pass saves for its backward, each storage once."""
     constant = {t.untyped_storage()._cdata for t in (*llama.parameters(), *llama.buffers())}
     kept = {}  # storage -> a tensor of it
@@ -44,11 +50,15 @@ def bytes_of_pass(llama, B, T, adapter):
     def unpack(tensor):
         return tensor
 
+    layout = {}
+    if shared:
+        layout["positions"] = torch.empty(B, T, dtype=torch.long, device="meta")
+        layout["visible"] = torch.empty(B, 1, T, T, dtype=torch.bool, device="meta")
     recompute = llama.recompute
     llama.recompute = False
     try:
         with Fused(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter)
+            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter, **layout)
         del h
     finally:
         llama.recompute = recompute

@@ -22,7 +22,7 @@ def reward_report(settings, llama, rows):
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
         with torch.inference_mode():
-            score = llama.scalar(llama(batch.tokens, "reward"), "reward")  # (B, T)
+            score = ppo.column_scores(llama, batch, settings.share_prompts)  # (B, T)
         scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)
         means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
         for b, row in enumerate(batch.rows):

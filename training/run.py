@@ -156,9 +156,9 @@ class Run:
     def batches(self, warmup_steps=0):
         """Yield (step, learning rate, Batch) of the steps that remain; save and stop between them when it is time."""
         s = self.settings
-        lengths = [len(datum.prompt) + len(datum.response) for datum in self.rows]
         steps = number_of_steps(s, self.rows)
-        order = itertools.islice(data.epochs(lengths, s.batch_size, s.seed), self.first, steps)
+        shared = getattr(s, "share_prompts", False)
+        order = itertools.islice(data.epochs(self.rows, s.batch_size, s.seed, shared), self.first, steps)
         for step, index in enumerate(order, self.first):
             batch = data.collate([self.rows[i] for i in index], s.device)
             self.step = step

@@ -154,6 +154,9 @@ class Reward(Training):
     epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples in the held-out report", least=2)
+    share_prompts: bool = opt(
+        True, "pass over a prompt once for all rows that have it: the same scores, less work; off: row by row"
+    )
     level: str = opt(
         "token",
         "score each token (P 3.2), or the sequence by its last token (beyond P)",

@@ -1,0 +1,84 @@
+"""What it does to a reward model that the rows of one prompt share a batch: held-out loss and AUC by class.
+
+    python tests/bench/groups.py --base runs/toy/base --output OUT [--data toy] [--flags "--epochs 1"] [--seeds 1,2,3]
+
+Three compositions of a batch, all of 14 rows on average: rows shuffled one by one (`--no-share-prompts`), halves of a
+datum's six rows, and whole groups. One line of OUT/groups.jsonl a run; what is there already is not run again.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import common  # noqa: F401 -- first: it makes the engine importable
+import torch
+
+import data
+import lastmile
+import ppo
+from beyond.samples import with_negatives
+from training import command_line
+from training.folders import commit
+from training.inputs import load_rows
+
+COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0}  # name: rows of one prompt that share a batch, 0: all
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--data", default="toy")
+    parser.add_argument("--flags", default="")
+    parser.add_argument("--seeds", default="1,2,3")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    file = Path(options.output) / "groups.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text().splitlines() if file.exists() else []
+    done = {(found["composition"], found["seed"]) for found in map(json.loads, lines)}
+    for seed in map(int, options.seeds.split(",")):
+        for name, most in COMPOSITIONS.items():
+            if (name, seed) not in done:
+                numbers = run(options, name, most, seed)
+                line = {"composition": name, "seed": seed, "commit": commit(), **numbers}
+                with open(file, "a") as opened:
+                    opened.write(json.dumps(line) + "\n")
+                print(line, flush=True)
+
+
+def run(options, name, most, seed):
+    """Train and judge one reward model: {"loss": held-out loss, "heldout": the stage's report}."""
+    folder = Path(options.output) / f"{name}-{seed}"
+    flags = ["--data", options.data, "--model", options.base, "--output-dir", str(folder), "--seed", str(seed)]
+    flags += ["--overwrite", *options.flags.split()]
+    flags += ["--no-share-prompts"] if most is None else []
+    dealt = data.grouped_batches
+    data.grouped_batches = partial(dealt, most=most or 0)
+    try:
+        assert lastmile.main(["reward", *flags]) == 0
+    finally:
+        data.grouped_batches = dealt
+    _, settings, _ = command_line.read(["reward", *flags])
+    return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
+
+
+def heldout_loss(settings):
+    """The reward loss on the validation split with its negatives."""
+    llama, tokenizer = lastmile.open_base(settings)
+    llama.load_adapter("reward", Path(settings.output_dir) / "reward", head=True)
+    rows = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
+    rows = with_negatives(settings, llama, tokenizer, {}, rows, "validation")
+    loss = weight = 0.0
+    for start in range(0, len(rows), 30):
+        batch = data.collate(rows[start : start + 30])
+        with torch.inference_mode():
+            part = ppo.reward_loss(ppo.column_scores(llama, batch, shared=True), batch, settings.level)
+        loss += part.item() * batch.weight.sum().item()
+        weight += batch.weight.sum().item()
+    return loss / weight
+
+
+if __name__ == "__main__":
+    main()
