@@ -169,8 +169,8 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (33, lambda p: p.train(b"PAR1 but no more", "parquet"), MLE, "not a readable parquet file"),
     (34, lambda p: p.train(row(dialogue="c", summary="d")), MLE, "more than one pair of columns fits"),
     (35, None, MLE + " --max-input-tokens 3", "raise --max-input-tokens"),
-    (40, lambda p: p.train(row()), "reward --model BASE --data DATA --max-steps 1", "cannot be re-paired"),
-    (40, lambda p: p.train(row() * 9), "reward --model BASE --data DATA --max-steps 1", "cannot be re-paired"),
+    (40, lambda p: p.train(row()), "reward --model BASE --data DATA --max-steps 1", "all outputs are the same text"),
+    (40, lambda p: p.train(row() * 9), "reward --model BASE --data DATA --max-steps 1", "outputs are the same text"),
 ]  # fmt: skip
 
 

@@ -57,8 +57,11 @@ def open_base(settings, dtype=None):
 
 
 def check_tokenizer(folder, tokenizer, config):
-    """Refuse a tokenizer that has more ids than the model, or another EOS."""
-    size = max(tokenizer.vocab_size - 1, tokenizer.bos or 0, tokenizer.eos) + 1
+    """Refuse a tokenizer whose texts or prompts have ids that the model lacks, or another EOS.
+
+    Tokens that neither contains may lie beyond the model's: a padding token that someone added later.
+    """
+    size = max(tokenizer.text_size - 1, *tokenizer.ids_of_prompts()) + 1
     other_eos = tokenizer.own_eos and tokenizer.eos not in config.eos_token_id
     if size > config.vocab_size or other_eos:
         raise UserError(
