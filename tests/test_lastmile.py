@@ -574,11 +574,11 @@ def test_merge_takes_any_adapter(fresh_run, trained, reward, capsys):
     assert (fresh_run.folder / "merge/model.safetensors").read_bytes() == found[0]
 
 
-COPIED = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
+COPIED = ["merges.txt", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
 
 
 def test_what_a_model_brings_travels(fresh_run, run_folder, trained, tmp_path):
-    """A model folder made from another must be as usable: the tokenizer in both formats, its settings, those of
+    """A model folder made from another must be as usable: every file of the tokenizer, its settings, those of
     generation, and the prompt go along, a --template file in the place of the model's own.
     """
     whole = tmp_path / "whole"

@@ -103,7 +103,13 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
         f"with inputs over {limit} tokens, {counts['long_output']} with outputs over "
         f"{settings.max_new_tokens}{f'; {duplicates} duplicates' if duplicates else ''}"
     )
-    return subsample(settings, split, kept, examples)
+    good = [datum for datum in kept if datum.label]
+    bad = [datum for datum in kept if not datum.label]
+    some = subsample(settings, split, good, examples)
+    if len(some) == len(good):
+        return kept
+    share = math.ceil(len(some) / len(good) * len(bad))
+    return some + (subsample(settings, f"{split}, labelled bad", bad, share) if bad else [])
 
 
 def context_left(settings, llama):
@@ -116,20 +122,15 @@ def context_left(settings, llama):
 
 def subsample(settings, split, rows, examples):
     """A random subset of the rows, in their order; all of them where examples is 0."""
-    good = [row for row in rows if row.label]
-    bad = [row for row in rows if not row.label]  # a subset in the same proportion
-    if not good:
+    if not rows:
         raise UserError(
             f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
         )
-    if not 0 < examples < len(good):
+    if not 0 < examples < len(rows):
         return rows
     say(f"{split}: a random subset of {examples}, seed {settings.seed}")
-    kept = []
-    for part, size in ((good, examples), (bad, math.ceil(examples / len(good) * len(bad)))):
-        order = torch.randperm(len(part), generator=generator(settings, "examples", split))
-        kept += [part[i] for i in sorted(order[:size].tolist())]
-    return kept
+    order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
+    return [rows[i] for i in sorted(order[:examples].tolist())]
 
 
 def warn_of_overlap(settings, rows):
