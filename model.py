@@ -31,6 +31,7 @@ from formats.errors import UserError
 from formats.gptq import inspect_layers
 from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project
 from quant import QuantLinear, quantize_blocks
+from speed import cpu_decoder
 from speed.cpu import few_rows
 from speed.cuda_graph import capture
 
@@ -257,7 +258,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
         self.recompute = False
-        self.columns = None  # the head of a frozen model on a CPU, see `logits`
+        self.prepared = None  # the weights of speed.cpu_decoder
         self.folder = None
         self.hash = ""
 
@@ -290,13 +291,8 @@ class Llama(nn.Module):
 
     def logits(self, h):
         """Next-token logits, fp32: (…, C) -> (…, V)."""
-        head = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
-        if head.requires_grad or head.device.type != "cpu":
-            return F.linear(h, head).float()
-        if self.columns is None or self.columns.dtype != head.dtype:
-            with torch.inference_mode(False):  # sampling may call this first, and training later
-                self.columns = head.T.contiguous()  # (C, V): decoding on a CPU reads it a third faster
-        return (h @ self.columns).float()
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(h, head.weight).float()
 
     def scalar(self, h, adapter):
         """The scalar head of an adapter, fp32: (…, C) -> (…,)."""
@@ -367,6 +363,8 @@ def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, ge
     step = partial(decode, llama, adapter, cache)
     if device.type == "cuda":
         step = capture(step, cache)
+    elif max_new_tokens > 8:
+        step = cpu_decoder.decoder(llama, adapter, cache, rope_table, rotate) or step
     row = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)

@@ -10,6 +10,7 @@ import math
 import torch
 
 import data
+from speed import cpu_decoder
 from training.estimate import kept_bytes
 from training.run import number_of_steps
 from training.terminal import say
@@ -29,6 +30,9 @@ def dry_run(settings, llama, rows=(), trained=(), has_logits=True):
         memory |= training_memory(settings, llama, rows, trained, learning, has_logits)
     elif rows and hasattr(settings, "batch_size"):
         memory["keys and values"] = cache_bytes(settings, llama.config, rows)
+    samples = "policy" in trained or (not trained and hasattr(settings, "batch_size"))
+    if samples and settings.device == "cpu" and cpu_decoder.size(llama.config) <= cpu_decoder.LARGEST:
+        memory["weights for decoding"] = cpu_decoder.size(llama.config)
     show(settings, llama, rows, trained, learning, memory)
     return memory
 
@@ -60,8 +64,6 @@ def base_memory(settings, llama, trained):
         memory["unpacked weights"] = itemsize * 2 * max(packed)  # one scratch; gate and up are unpacked side by side
     elif packed:
         memory["unpacked weights"] = itemsize * sum(packed)  # a CPU keeps them all
-    if settings.device == "cpu" and "base" not in trained:
-        memory["head by columns"] = itemsize * llama.config.vocab_size * llama.config.hidden_size
     return memory
 
 

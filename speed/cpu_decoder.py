@@ -1,0 +1,137 @@
+"""Decoding on a CPU: a step as a short list of products, over weights that are prepared once for a model.sample.
+
+With seven rows, `model.decode` spends more time between its products than a small model's weights take to read, and the
+products read them at a third of the memory's speed. So the adapter is folded into the weights (B A is added to W), q, k
+and v become one matrix, gate and up another, and large matrices are laid out as oneDNN multiplies few rows fastest. All
+of it is fp32. Without this, model.sample calls model.decode: the same logits to rounding.
+
+Dimensions: B rows, C width, H query heads, J key/value heads, D head size, F width of the MLP, S columns of the cache.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LARGEST = 2 << 30  # bytes of prepared weights; a larger model has no memory to spare for a second copy
+LARGE = 1 << 18  # numbers in a matrix from which oneDNN's own layout pays
+
+
+class Product:
+    """x (B, K) -> x W^T (B, N), for a weight (N, K)."""
+
+    def __init__(self, weight, rows):
+        self.packed = self.columns = None
+        if weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        else:
+            self.columns = weight.T.contiguous()  # (K, N)
+
+    def __call__(self, x):
+        if self.packed is None:
+            return x @ self.columns
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one block."""
+
+    input_norm: torch.Tensor  # (C,)
+    qkv: Product  # C -> (H + 2 J) D
+    o: Product  # H D -> C
+    mlp_norm: torch.Tensor  # (C,)
+    gate_up: Product  # C -> 2 F
+    down: Product  # F -> C
+
+
+def prepare(llama, adapter, rows):
+    """The prepared weights of a Llama under an adapter, ([Layer], head), or None where there is no such path for it.
+
+    They are kept with the model until another adapter is asked for, or a parameter has changed.
+    """
+    config = llama.config
+    one_adapter = adapter is None or isinstance(adapter, str)
+    if not one_adapter or config.attention_bias or config.mlp_bias or size(config) > LARGEST:
+        return None
+    key = (adapter, rows, [(id(p), p._version) for p in llama.parameters()])
+    if llama.prepared is None or llama.prepared[0] != key:
+        llama.prepared = None  # before the next one: not both at a time
+        llama.prepared = key, (layers_of(llama, adapter, rows), head_of(llama, rows))
+    return llama.prepared[1]
+
+
+def size(config):
+    """Bytes of the prepared weights."""
+    C, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return 4 * (config.num_hidden_layers * (heads * D * C + 3 * C * inner) + config.vocab_size * C)
+
+
+def layers_of(llama, adapter, rows):
+    """[Layer] of all blocks."""
+    found = []
+    for block in llama.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
+        )  # fmt: skip
+        qkv, o, gate_up, down = [Product(merged(group, adapter), rows) for group in groups]
+        norms = block.input_layernorm.weight.float(), block.post_attention_layernorm.weight.float()
+        found.append(Layer(norms[0], qkv, o, norms[1], gate_up, down))
+    return found
+
+
+def merged(layers, adapter):
+    """The weights of layers with one input, the adapter folded in, one below the other: (N, K) fp32."""
+    weights = []
+    for layer in layers:
+        base = layer.base
+        weight = base.weight(torch.float32).T if callable(base.weight) else base.weight.float()  # 4-bit, or dense
+        weights.append(layer.merged(weight, adapter))
+    return torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+
+
+def head_of(llama, rows):
+    """The language head."""
+    head = llama.model.embed_tokens if llama.lm_head is None else llama.lm_head
+    return Product(head.weight.float(), rows)
+
+
+def decoder(llama, adapter, cache, rope_table, rotate):
+    """What model.decode does, as a function of the tokens alone: (B,) -> (B, V). None where there is no such path.
+
+    cache: model.KVCache, whose rows may be dropped between steps. rope_table, rotate: model's.
+    """
+    prepared = prepare(llama, adapter, len(cache.length))
+    if prepared is None:
+        return None
+    layers, head = prepared
+    config = llama.config
+    C, H, J, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    embed, last_norm, eps = llama.model.embed_tokens.weight, llama.model.norm.weight.float(), config.rms_norm_eps
+    cache.k, cache.v = cache.k.float(), cache.v.float()
+
+    def step(token):
+        B = len(token)
+        length = cache.length
+        S = int(length.max()) + 1
+        cos, sin = rope_table(length[:, None], config)  # (B, 1, 1, D)
+        beyond = torch.arange(S) > length[:, None]  # (B, S)
+        beyond = torch.zeros(B, S).masked_fill_(beyond, -torch.inf)[:, None, None]  # (B, 1, 1, S)
+        x = embed[token].float()  # (B, C)
+        for i, layer in enumerate(layers):
+            heads = layer.qkv(F.rms_norm(x, (C,), layer.input_norm, eps)).view(B, H + 2 * J, 1, D)
+            turned = rotate(heads[:, : H + J], cos, sin)  # (B, H + J, 1, D)
+            k, v = cache.update(i, turned[:, H:], heads[:, H + J :])  # (B, J, all columns, D)
+            q = (turned[:, :H] * D**-0.5).view(B, J, H // J, D)
+            score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
+            y = score.softmax(-1) @ v[:, :, :S]  # (B, J, H/J, D)
+            x = x + layer.o(y.view(B, H * D))
+            gate, up = layer.gate_up(F.rms_norm(x, (C,), layer.mlp_norm, eps)).chunk(2, dim=-1)  # (B, F) each
+            x = x + layer.down(F.silu(gate) * up)
+        cache.length = length + 1
+        return head(F.rms_norm(x, (C,), last_norm, eps))
+
+    return step
