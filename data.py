@@ -440,7 +440,7 @@ class SharedPrompts:
 
     tokens: torch.Tensor  # (G, S) long
     positions: torch.Tensor  # (G, S) long: of a token in its row
-    visible: torch.Tensor  # (G, 1, S, S) bool: whether query q sees key k, for all heads
+    visible: torch.Tensor  # (G, 1, S, S) bool: whether the query of a column sees the key of another
     place: torch.Tensor  # (B, T) long: where a row's column t is in the flattened (G S)
 
 

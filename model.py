@@ -150,10 +150,10 @@ def attend_last(q, k, v, length):
 
 
 def attend_visible(q, k, v, visible):
-    """Attention under a mask (B, 1, T, T): q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
+    """Attention under a mask, (B, 1, T, T): q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
-    The mask has no heads and the fused kernels, on CPUs and GPUs, make no (B, H, T, T) of it. They want as many key
-    heads as query heads where there is a mask; repeated keys are a small part of what a pass keeps.
+    The mask has no heads, so that no fused kernel, on a CPU or a GPU, makes a (B, H, T, T) of it. Where there is a mask
+    these kernels want as many key heads as query heads.
     """
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
         self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
 
-    def forward(self, x, cos, sin, adapter, cache, layer, last_positions, visible):
+    def forward(self, x, cos, sin, adapter, cache, layer, last_positions, layout):
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
         q = rotate(q.view(B, T, self.H, self.D).transpose(1, 2), cos, sin)  # (B, H, T, D)
@@ -182,8 +182,8 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.fill(layer, k, v)
-            if visible is not None:
-                y = attend_visible(q, k, v, visible)  # (B, H, T, D)
+            if layout is not None:
+                y = attend_visible(q, k, v, layout.visible)  # (B, H, T, D)
             elif last_positions is None:
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
             else:
@@ -229,8 +229,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, last_positions=None, visible=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, last_positions, visible)
+    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, last_positions=None, layout=None):
+        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, last_positions, layout)
         if last_positions is not None:
             x = x[cache.row, last_positions][:, None]  # (B, 1, C)
         x = y + x
@@ -262,19 +262,19 @@ class Llama(nn.Module):
         self.folder = None
         self.hash = ""
 
-    def forward(self, tokens, adapter=None, cache=None, last_positions=None, positions=None, visible=None):
+    def forward(self, tokens, adapter=None, cache=None, last_positions=None, layout=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
 
-        positions (B, T) and visible (B, 1, T, T), together: of a layout that is not one row after the other, see
-        data.SharedPrompts.
+        layout: a data.SharedPrompts, whose tokens these are: several rows that continue one prompt.
 
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         last_positions (B,), with the prompts: the one column of each that is asked for. The last block then skips the
         rest, and the result is (B, 1, C).
         """
         B, T = tokens.shape
-        if positions is None:
-            positions = torch.arange(T, device=tokens.device)  # (T,)
+        positions = torch.arange(T, device=tokens.device)  # (T,)
+        if layout is not None:
+            positions = layout.positions  # (B, T)
         if cache is not None and T == 1:
             positions = cache.length[:, None]  # (B, 1)
         cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
@@ -283,10 +283,10 @@ class Llama(nn.Module):
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             if recompute:
-                given = {"visible": visible, "use_reentrant": False, "preserve_rng_state": False}
+                given = {"layout": layout, "use_reentrant": False, "preserve_rng_state": False}
                 x = checkpoint(block, x, cos, sin, adapter, **given)
             else:
-                x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None, visible)
+                x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None, layout)
         return self.model.norm(x)
 
     def logits(self, h):

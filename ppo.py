@@ -207,7 +207,7 @@ def column_scores(llama, batch, shared=False):
     if not shared:
         return llama.scalar(llama(batch.tokens, "reward"), "reward")
     layout = share_prompts(batch)
-    h = llama(layout.tokens, "reward", positions=layout.positions, visible=layout.visible)  # (G, S, C)
+    h = llama(layout.tokens, "reward", layout=layout)  # (G, S, C)
     return llama.scalar(h, "reward").flatten()[layout.place]
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers import damage_folder, packed_folder
 from safetensors.torch import load_file, save_file
 
+import data
 import model
 from formats import llama_folder
 from speed import cpu as cpu_speed
@@ -797,8 +798,9 @@ def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
     real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
     for llama in (real, meta):
         llama.add_adapter("reward", 4, 8.0, ["q_proj", "v_proj"], torch.Generator().manual_seed(0))
-    layout = {"positions": torch.arange(256).repeat(2, 1), "visible": torch.ones(2, 1, 256, 256).tril().bool()}
-    kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", **layout)
+    place = torch.arange(256).repeat(2, 1)
+    layout = data.SharedPrompts(place, place, torch.ones(2, 1, 256, 256).tril().bool(), place)
+    kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", layout=layout)
     assert estimate.kept_bytes(meta, 2, 256, "reward", shared=True) == pytest.approx(kept, rel=0.05)
 
 

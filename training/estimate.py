@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from data import SharedPrompts
+
 
 class Fused(TorchFunctionMode):
     """Attention and norms that keep no more than the kernels of CPU and GPU do; those of the meta device keep several
@@ -50,15 +52,15 @@ def bytes_of_pass(llama, B, T, adapter, shared=False):
     def unpack(tensor):
         return tensor
 
-    layout = {}
+    layout = None
     if shared:
-        layout["positions"] = torch.empty(B, T, dtype=torch.long, device="meta")
-        layout["visible"] = torch.empty(B, 1, T, T, dtype=torch.bool, device="meta")
+        place = torch.empty(B, T, dtype=torch.long, device="meta")
+        layout = SharedPrompts(place, place, torch.empty(B, 1, T, T, dtype=torch.bool, device="meta"), place)
     recompute = llama.recompute
     llama.recompute = False
     try:
         with Fused(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter, **layout)
+            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter, layout=layout)
         del h
     finally:
         llama.recompute = recompute

@@ -8,10 +8,13 @@ C2  a step of maximum likelihood on 7 x (200 + 50) tokens, LoRA of rank 32 on al
 C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, value adapter of its own, reward model,
     statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
     a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
+C4  the reward stage on 7 data of SAMSum's lengths, six rows each, 14 rows a step: an update on every one of the 42 rows
+    with prompts shared (the default) and not, against transformers + PEFT as people write it (a linear head on every
+    token, the rows padded). Peak memory beside it.
 
 Both sides have the same random weights, ours in 4 bits: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000.
 First asserted are the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same
-log-probabilities to 1e-4 (C3).
+log-probabilities to 1e-4 (C3), the same loss to 1e-4 (C4).
 
 Each side multiplies as its users' programs do: ours by oneDNN (speed.cpu.prefer_onednn), theirs
 by torch's default. The last column says what is left where the peer is given the same switch.
@@ -20,8 +23,14 @@ by torch's default. The last column says what is left where the peer is given th
 """
 
 import argparse
+import itertools
+import json
+import multiprocessing
+import random
 import tempfile
 import warnings
+from functools import partial
+from pathlib import Path
 
 import common
 import peft
@@ -30,14 +39,17 @@ import torch
 import transformers
 
 import data
+import lastmile
 import model
 import ppo
+from training import optimizer
 
 B, PROMPT, NEW = 7, 200, 50
 GOALS = {  # id: {size: (goal, stretch)}
     "C1": {"15M": (2.0, 2.5), "42M": (1.3, 1.5)},
     "C2": {"15M": (1.9, 2.2), "42M": (1.15, 1.3)},
     "C3": {"15M": (2.0, 2.5)},
+    "C4": {"15M": (4.0, 4.5), "42M": (4.0, 4.5)},
 }
 HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch",
           "over theirs by oneDNN"]  # fmt: skip
@@ -168,6 +180,109 @@ def c3(size, seconds, results):
     line("C3", size, "", ours, peers, seconds, results)
 
 
+def samsum_rows(groups=7, V=32000, seed=0):
+    """Rows as the reward stage has them on SAMSum: six to a prompt of 230 tokens, outputs of 46, on average."""
+    rng = random.Random(seed)
+
+    def tokens(least, most):
+        return [rng.randrange(3, V) for _ in range(rng.randint(least, most))]
+
+    rows = []
+    for i in range(groups):
+        prompt, truth = tokens(150, 310), tokens(14, 42)
+        row = data.Datum(str(i), "", "", prompt, truth)
+        others = [tokens(len(truth), len(truth)), tokens(14, 42), tokens(len(truth), len(truth)), tokens(40, 100)]
+        others.append(tokens(70, 100))
+        rows.append(row)
+        rows += [data.replace(row, response=other, label=0.0, weight=0.2, kind="x") for other in others]
+    return rows
+
+
+class RewardOfPeers(torch.nn.Module):
+    """transformers' Llama under PEFT with a linear head on every token."""
+
+    def __init__(self, llama):
+        super().__init__()
+        with tempfile.TemporaryDirectory() as folder:
+            llama.save_adapter("reward", folder, "tiny")
+            config = json.loads((Path(folder) / "adapter_config.json").read_text())
+            trunk = twin(llama).model
+            lora = peft.LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=common.TARGETS)
+            self.trunk = peft.get_peft_model(trunk, lora)
+        for name, parameter in self.trunk.named_parameters():
+            if "lora_" in name:
+                path, _, kind = name.removeprefix("base_model.model.").partition(".lora_")
+                layer = llama.get_submodule(f"model.{path}")
+                parameter.data.copy_((layer.lora_A if kind.startswith("A") else layer.lora_B)["reward"])
+        self.score = torch.nn.Linear(llama.config.hidden_size, 1, bias=False)
+        self.score.weight.data.copy_(llama.score["reward"])
+
+    def forward(self, tokens, mask):
+        h = self.trunk(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, T, C)
+        return self.score(h).squeeze(-1)
+
+
+def in_child_peak(run):
+    """The memory that run() takes at most beyond what is held before it, in a forked process; bytes."""
+    reader, writer = multiprocessing.Pipe(False)
+
+    def child():
+        before, _ = common.rss()
+        run()
+        writer.send(common.rss()[1] - before)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    found = reader.recv()
+    process.join()
+    return found
+
+
+def c4(size, seconds, results):
+    llama = common.tiny_llama(size, packed=True)
+    s = steps.settings("reward")
+    steps.add_adapters("reward", llama, s)
+    theirs = RewardOfPeers(llama)
+    rows = samsum_rows()
+    batches = {}
+    for shared in (True, False):
+        order = itertools.islice(data.epochs(rows, s.batch_size, 0, shared), 3)  # of 14 rows on average: an epoch
+        batches[shared] = [data.collate([rows[i] for i in index]) for index in order]
+        assert sum(len(batch.rows) for batch in batches[shared]) == len(rows)
+    update = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
+    learned = [p for p in theirs.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0)
+
+    def ours(shared):
+        for batch in batches[shared]:
+            weight = batch.weight.sum().item()
+            lastmile.reward_step(llama, batch, update, 1e-5, weight, shared=shared)
+
+    def peers():
+        for batch in batches[False]:
+            length = batch.prompt_len + batch.mask.sum(1)  # (B,)
+            mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
+            loss = ppo.reward_loss(theirs(batch.tokens, mask), batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            adamw.step()
+            adamw.zero_grad()
+
+    batch = batches[False][0]
+    with torch.no_grad():
+        length = batch.prompt_len + batch.mask.sum(1)
+        mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
+        losses = [ppo.reward_loss(ppo.column_scores(llama, batch, shared), batch).item() for shared in (True, False)]
+        losses.append(ppo.reward_loss(theirs(batch.tokens, mask), batch).item())
+    assert max(losses) - min(losses) < 1e-4, losses
+    peaks = {}
+    for name, run in (("shared", partial(ours, True)), ("not shared", partial(ours, False)), ("theirs", peers)):
+        peaks[name] = in_child_peak(run)
+    note = "peak above the models: " + ", ".join(f"{name} {peak / 1e6:.0f} MB" for name, peak in peaks.items())
+    line("C4", size, "shared", partial(ours, True), peers, seconds, results, note)
+    line("C4", size, "not shared", partial(ours, False), peers, seconds, results)
+
+
 def any_tokenizer():
     """PPOTrainer wants one, and pads with it."""
     import tokenizers
@@ -179,7 +294,7 @@ def any_tokenizer():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="15M,42M")
-    parser.add_argument("--only", default="C1,C2,C3")
+    parser.add_argument("--only", default="C1,C2,C3,C4")
     parser.add_argument("--runs", type=int, default=3, help="of everything; the table shows each line's worst")
     parser.add_argument(
         "--seconds", type=float, default=60, help="for the laps of one line; 5 laps at least, 20 at most"
@@ -194,7 +309,7 @@ def main():
         results = {}
         for id in arguments.only.split(","):
             for size in [size for size in arguments.sizes.split(",") if size in GOALS[id]]:
-                {"C1": c1, "C2": c2, "C3": c3}[id](size, arguments.seconds, results)
+                {"C1": c1, "C2": c2, "C3": c3, "C4": c4}[id](size, arguments.seconds, results)
         runs.append(results)
     worst = {
         key: min((results[key] for results in runs), key=lambda one: one["speedup"]["of minima"]) for key in results

@@ -22,7 +22,8 @@ from training import command_line
 from training.folders import commit
 from training.inputs import load_rows
 
-COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0}  # name: rows of one prompt that share a batch, 0: all
+# name: rows of one prompt that share a batch, 0: all. contrast: halves, the truth and the mismatched output in one.
+COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0, "pairs": 2, "contrast": 3}
 
 
 def main():
@@ -32,6 +33,7 @@ def main():
     parser.add_argument("--data", default="toy")
     parser.add_argument("--flags", default="")
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--compositions", default=",".join(COMPOSITIONS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     file = Path(options.output) / "groups.jsonl"
@@ -39,9 +41,9 @@ def main():
     lines = file.read_text().splitlines() if file.exists() else []
     done = {(found["composition"], found["seed"]) for found in map(json.loads, lines)}
     for seed in map(int, options.seeds.split(",")):
-        for name, most in COMPOSITIONS.items():
+        for name in options.compositions.split(","):
             if (name, seed) not in done:
-                numbers = run(options, name, most, seed)
+                numbers = run(options, name, COMPOSITIONS[name], seed)
                 line = {"composition": name, "seed": seed, "commit": commit(), **numbers}
                 with open(file, "a") as opened:
                     opened.write(json.dumps(line) + "\n")
@@ -54,14 +56,22 @@ def run(options, name, most, seed):
     flags = ["--data", options.data, "--model", options.base, "--output-dir", str(folder), "--seed", str(seed)]
     flags += ["--overwrite", *options.flags.split()]
     flags += ["--no-share-prompts"] if most is None else []
-    dealt = data.grouped_batches
+    dealt, same_prompt = data.grouped_batches, data.same_prompt
     data.grouped_batches = partial(dealt, most=most or 0)
+    if name == "contrast":
+        data.same_prompt = truth_and_mismatched_first
     try:
         assert lastmile.main(["reward", *flags]) == 0
     finally:
-        data.grouped_batches = dealt
+        data.grouped_batches, data.same_prompt = dealt, same_prompt
     _, settings, _ = command_line.read(["reward", *flags])
     return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
+
+
+def truth_and_mismatched_first(rows, order, same_prompt=data.same_prompt):
+    """data.same_prompt, with these two at the front of each group."""
+    first = ("positive", "mismatched")
+    return [sorted(group, key=lambda i: rows[i].kind not in first) for group in same_prompt(rows, order)]
 
 
 def heldout_loss(settings):
