@@ -119,6 +119,10 @@ beyond:   ## each capability beyond the paper on the toy, one at a time: docs/be
 beyond: | runs/toy/base/model.safetensors
 	$(PY) tests/bench/beyond.py
 
+gpu:      ## all that only a GPU can show: marked tests, 20 steps of each stage beside the CPU's, bench-gpu: 9 minutes
+gpu: .venv/dev
+	$(PY) tests/bench/gpu_check.py $(FLAGS)
+
 bench-gpu:  ## kernels, sampling and PPO at Llama-2-7B's shapes on a GPU, weights random: under 9 minutes
 bench-gpu: .venv/run
 	$(PY) tests/bench/gpu.py $(FLAGS)
@@ -151,4 +155,4 @@ clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: help demo test lint base reward mle ppo eval tables report walkthrough exercise beyond fuzz faults bench \
-        bench-gpu sass setup loc clean
+        gpu bench-gpu sass setup loc clean

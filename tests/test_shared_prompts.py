@@ -34,13 +34,19 @@ def ragged(run_folder):
 
 def loaded(folder, recompute=False):
     llama = model.load(folder)
-    llama.add_adapter("reward", 4, 8.0, TARGETS, torch.Generator().manual_seed(0), head="normal")
-    for _, layer in model.lora_layers(llama):
-        layer.lora_B["reward"].data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    for parameter in llama.adapter_parameters("reward"):
-        parameter.requires_grad_(True)
+    add_trained_adapter(llama)
     llama.recompute = recompute
     return llama
+
+
+def add_trained_adapter(llama):
+    """A reward adapter as after some training: neither factor is 0."""
+    llama.add_adapter("reward", 4, 8.0, TARGETS, torch.Generator().manual_seed(0), head="normal")
+    for _, layer in model.lora_layers(llama):
+        B = layer.lora_B["reward"]
+        B.data = (torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.05).to(B.device)
+    for parameter in llama.adapter_parameters("reward"):
+        parameter.requires_grad_(True)
 
 
 def gradients(llama, batch, level, shared, micro_batch_size=0):
@@ -161,3 +167,28 @@ def test_the_stage_shares_by_default(fresh_run):
     assert plain.keys() == shared.keys()
     other = load_file(fresh_run.folder / "reward/adapter_model.safetensors")
     assert any(not torch.equal(weights[name], other[name]) for name in weights)  # batches are composed otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_shared_prompts_on_a_gpu(run_folder, ragged, dtype, tolerance):
+    """The masked kernel of a GPU, forward and backward, against row by row on the CPU."""
+    expected = gradients(loaded(run_folder / "pretrain"), data.collate(ragged), "token", shared=False)
+    llama = model.load(run_folder / "pretrain", "cuda", dtype)
+    add_trained_adapter(llama)
+    found = gradients(llama, data.collate(ragged, "cuda"), "token", shared=True)
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    for a, b in zip(expected[1], found[1], strict=True):
+        assert (a - b.cpu()).norm() <= tolerance * max(1e-3, a.norm())
+
+
+@pytest.mark.gpu
+def test_the_mask_makes_no_matrix_a_head_on_a_gpu():
+    """64 heads of 2048 columns in fp32 would be 1 GiB of scores; the fused kernel keeps the mask and little more."""
+    G, H, S, D = 1, 64, 2048, 64
+    q, k, v = (torch.randn(G, H, S, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    visible = torch.ones(G, 1, S, S, dtype=torch.bool, device="cuda").tril()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.attend_visible(q, k[:, :8], v[:, :8], visible)
+    assert torch.cuda.max_memory_allocated() - before < 300 << 20
