@@ -64,8 +64,10 @@ from training.inputs import (
     new_adapter,
     open_base,
     open_reward,
+    start_adapter,
     subsample,
     warn_of_overlap,
+    warn_of_short_groups,
 )
 from training.optimizer import Optimizer
 from training.results import add_bleurt, read_scores, write_predictions, write_scores
@@ -154,6 +156,7 @@ def quantize(settings):
         rows = load_rows(settings, "train", llama, tokenizer, settings.calibration_examples)
         if settings.dry_run:
             return dry_run(settings, llama, rows)
+        warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
         bar = progress("quantize", "block")
         config = model.quantize(llama, calibration, group_size, settings.act_order, settings.damp, bar)
@@ -179,12 +182,11 @@ def train_reward(settings):
             rows += with_negatives(settings, llama, tokenizer, samplers, labelled, "train", round)
         heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
         check_missing(settings, rows, columns)
-        new_adapter(settings, llama, "reward", "lora", head="normal")
+        depends_on = start_adapter(settings, llama, "reward", "lora", head="normal")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["reward"], has_logits=False)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
-        depends_on = {}
         for name in columns:
             if name != "base":
                 depends_on[f"{name} adapter"] = adapter_hash(adapter_folder(settings, name))
@@ -247,12 +249,12 @@ def train_mle(settings):
     with stage_folder(settings, "mle") as folder:
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
-        new_adapter(settings, llama, "mle", "lora")
+        depends_on = start_adapter(settings, llama, "mle", "lora")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["mle"])
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])
-        with Run(folder, "mle", settings, rows, optimizer, llama.folder, bar=["loss"]) as run:
+        with Run(folder, "mle", settings, rows, optimizer, llama.folder, depends_on, bar=["loss"]) as run:
             for step, rate, batch in run.batches():
                 numbers = mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
                 run.log(step, batch, learning_rate=rate, **numbers)
@@ -353,13 +355,7 @@ def judge(llama, batch, logp, value, score, settings, log_kl=False):
 
 def add_actors(settings, llama):
     """Add the policy, new or from --init, and a new value. Returns {name: hash} of the adapter that --init names."""
-    depends_on = {}
-    if settings.init == "base":
-        new_adapter(settings, llama, "policy", "policy")
-    else:
-        start = adapter_folder(settings, settings.init)
-        llama.load_adapter("policy", start)
-        depends_on["init adapter"] = adapter_hash(start)
+    depends_on = start_adapter(settings, llama, "policy", "policy")
     new_adapter(settings, llama, "value", "value", head="zero")
     return depends_on
 

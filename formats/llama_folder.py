@@ -31,6 +31,8 @@ def read_config(folder):
     Raises FileNotFoundError or UserError naming file, field and remedy.
     """
     folder, file = Path(folder), Path(folder) / "config.json"
+    if folder.suffix == ".gguf" or (folder.is_dir() and not file.exists() and any(folder.glob("*.gguf"))):
+        raise UserError(f"{folder}: GGUF is not read; take the model's safetensors version")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: no such model folder; name one that contains config.json, *.safetensors and a tokenizer, or a "

@@ -1002,3 +1002,67 @@ def test_prompt_and_answer_fit_into_the_context(fresh_run, tmp_path, capsys):
     assert "30 new ones, but the model reads 90" in capsys.readouterr().err
     assert fresh_run("eval", *at[:2], "--max-new-tokens", 90, "--adapters", "base") == 2
     assert "--max-new-tokens 90: the model reads 90 tokens; lower it" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Warm starts, costs, warnings
+
+
+@pytest.mark.parametrize("stage", ["reward", "mle"])
+def test_a_stage_starts_from_another_adapter(fresh_run, stage):
+    """`--init FOLDER` continues from what another run learned: the first losses are far below that run's first, and the
+    adapter that was named stays as it is.
+    """
+    flags = ["--train-examples", "7", "--learning-rate", "1e-2", "--max-new-tokens", "40", "--max-steps", "30"]
+    flags += ["--eval-examples", "2"] if stage == "reward" else []
+    assert fresh_run(stage, *flags) == 0
+    first = [line["loss"] for line in journal(fresh_run.folder / stage)]
+    kept = (fresh_run.folder / stage).rename(fresh_run.folder / "other")
+    before = contents(kept)
+    assert fresh_run(stage, *flags, "--init", kept) == 0
+    again = [line["loss"] for line in journal(fresh_run.folder / stage)]
+    assert sum(again[:6]) < 0.7 * sum(first[:6]) and contents(kept) == before
+
+
+def test_init_wants_the_stage_s_own_kind(fresh_run, reward, capsys):
+    """A reward adapter has a score head, a language adapter has none: the wrong one is named, in one line."""
+    assert fresh_run("mle", "--init", reward, "--max-steps", "1") == 2
+    assert "must not have a score head" in capsys.readouterr().err
+    assert fresh_run("reward", "--init", fresh_run.folder / "nothing", "--max-steps", "1") == 2
+    assert "nothing: no adapter" in capsys.readouterr().err
+
+
+def test_a_stage_says_what_it_cost(fresh_run, capsys):
+    """Steps, tokens, speed, time and memory; where --max-steps cut it, how long a whole epoch would take."""
+    assert fresh_run("mle", "--train-examples", "28", "--max-steps", "2") == 0
+    said = capsys.readouterr().out
+    cost = r"mle: 2 steps, (\d+) tokens, \d+ tokens/s, [\d.]+ minutes, peak memory ([\d.]+) GB"
+    line = re.search(cost + "; an epoch has 4 steps: about", said)
+    assert line and int(line[1]) > 500 and 0.1 < float(line[2]) < 100
+    assert fresh_run("mle", "--train-examples", "14", "--overwrite") == 0
+    assert "mle: 2 steps, " in (said := capsys.readouterr().out) and "an epoch has" not in said
+
+
+def test_groups_that_do_not_fit_are_warned_of(fresh_run, run_folder, capsys):
+    """64 is no multiple of 40: other readers of GPTQ may refuse the short last group."""
+    flags = ["--model", run_folder / "pretrain", "--calibration-examples", "2", "--overwrite"]
+    (fresh_run.folder / "base").unlink()
+    assert fresh_run("quantize", *flags, "--group-size", "40") == 0
+    said = capsys.readouterr().err
+    assert (
+        "--group-size 40 does not divide width 32, 64: the last group is short" in said
+        and "--group-size 32 fits" in said
+    )
+    assert fresh_run("quantize", *flags, "--group-size", "32") == 0
+    assert "does not divide" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_gguf_is_called_by_its_name(tmp_path, where, capsys):
+    """People name what they have; "config.json: no such file" said nothing about why."""
+    file = tmp_path / "model.Q4_K_M.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    place = file if where == "file" else tmp_path
+    assert lastmile.main(["mle", "--model", str(place), "--output-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "GGUF is not read; take the model's safetensors version" in said and said.count("\n") == 1

@@ -70,6 +70,19 @@ def check_tokenizer(folder, tokenizer, config):
         )
 
 
+def warn_of_short_groups(settings, config):
+    """Warn where --group-size does not divide a width: not every reader of GPTQ files takes a short last group."""
+    heads = config.num_attention_heads * config.head_dim
+    widths = sorted({config.hidden_size, config.intermediate_size, heads})
+    odd = [str(width) for width in widths if settings.group_size > 0 and width % settings.group_size]
+    if odd:
+        fits = max(size for size in (8, 16, 32, 64, 128) if math.gcd(*widths) % size == 0 or size == 8)
+        warn(
+            f"--group-size {settings.group_size} does not divide width {', '.join(odd)}: the last group is short, and "
+            f"other readers of GPTQ may refuse the file; --group-size {fits} fits"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The rows
 
@@ -181,6 +194,19 @@ def new_adapter(settings, llama, name, stream, head=None):
     """A fresh adapter of the stage's rank and targets."""
     targets = settings.lora_targets.split(",")
     llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, generator(settings, stream), head)
+
+
+def start_adapter(settings, llama, name, stream, head=None):
+    """The adapter that a stage trains: new, or a copy of the one that --init names. Returns {what: hash} of that one.
+
+    head: None, or how a scalar head starts; the adapter of --init must then have one.
+    """
+    if settings.init == "base":
+        new_adapter(settings, llama, name, stream, head)
+        return {}
+    folder = adapter_folder(settings, settings.init)
+    llama.load_adapter(name, folder, head=head is not None)
+    return {"init adapter": adapter_hash(folder)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ class Run:
         self.facts = fingerprint(stage, settings, rows, base, depends_on)
         self.bar_columns = bar
         self.batch_ids = []  # of the current batch
+        self.step = -1  # the current step
         self.stop = 0  # the number of the signal that asks the run to stop
         self.tokens = 0  # processed since the start
         if settings.deterministic:
@@ -134,8 +136,28 @@ class Run:
                 close()
         if kind is FloatingPointError:
             self.explain(error)
+        if kind is None or kind is Stopped:
+            self.say_cost()
         if self.stop and kind is None:  # the signal came after the last step
             raise Stopped(self.stop)
+
+    def say_cost(self):
+        """Print what this process did for the run, and what a whole epoch would take where --max-steps cuts it."""
+        seconds = time.monotonic() - self.started
+        done = self.step + 1 - self.first
+        if done < 1:
+            return
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.settings.device == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        epoch = math.ceil(len(self.rows) / self.settings.batch_size)
+        whole = ""
+        if 0 < self.settings.max_steps < epoch:
+            whole = f"; an epoch has {epoch} steps: about {seconds / done * epoch / 60:.1f} minutes"
+        say(
+            f"{self.stage}: {done} steps, {self.tokens} tokens, {self.tokens / seconds:.0f} tokens/s, "
+            f"{seconds / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB{whole}"
+        )
 
     def explain(self, error):
         """Write the ids of the batch whose loss was not finite, and add them to the error's message."""

@@ -144,6 +144,11 @@ class Training(Schedule):
     lora_targets: str = opt(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "projections that carry adapters (choice: all seven)"
     )
+    init: str = opt(
+        "base",
+        "where the adapter (ppo: the policy) starts (P 3.1: base): base, or an adapter folder; mle: this run's",
+        result=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,6 @@ class Ppo(Training):
         "prediction) (beyond P) [<output-dir>/reward]",
         result=False,
     )
-    init: str = opt("base", "where the policy starts (P 3.1: base): base, mle, or an adapter folder", result=False)
     kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
     entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
     whiten: bool = opt(False, "advantages to mean 0, variance 1 a batch (choice: off, the paper names none)")

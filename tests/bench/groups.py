@@ -22,8 +22,9 @@ from training import command_line
 from training.folders import commit
 from training.inputs import load_rows
 
-# name: rows of one prompt that share a batch, 0: all. contrast: halves, the truth and the mismatched output in one.
-COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0, "pairs": 2, "contrast": 3}
+# name: rows of one prompt that share a batch, 0: all. Of the last two, contrast has the truth and the mismatched output
+# in the same half, apart in different ones.
+COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0, "contrast": 3, "apart": 3}
 
 
 def main():
@@ -58,8 +59,8 @@ def run(options, name, most, seed):
     flags += ["--no-share-prompts"] if most is None else []
     dealt, same_prompt = data.grouped_batches, data.same_prompt
     data.grouped_batches = partial(dealt, most=most or 0)
-    if name == "contrast":
-        data.same_prompt = truth_and_mismatched_first
+    if name in ("contrast", "apart"):
+        data.same_prompt = partial(arranged, same_prompt=same_prompt, name=name)
     try:
         assert lastmile.main(["reward", *flags]) == 0
     finally:
@@ -68,10 +69,10 @@ def run(options, name, most, seed):
     return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
 
 
-def truth_and_mismatched_first(rows, order, same_prompt=data.same_prompt):
-    """data.same_prompt, with these two at the front of each group."""
-    first = ("positive", "mismatched")
-    return [sorted(group, key=lambda i: rows[i].kind not in first) for group in same_prompt(rows, order)]
+def arranged(rows, order, same_prompt, name):
+    """data.same_prompt, with the truth first and the mismatched output second, or last."""
+    place = {"positive": 0, "mismatched": 0 if name == "contrast" else 2}
+    return [sorted(group, key=lambda i: place.get(rows[i].kind, 1)) for group in same_prompt(rows, order)]
 
 
 def heldout_loss(settings):
