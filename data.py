@@ -384,11 +384,12 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def grouped_batches(rows, batch_size, seed, epoch, most=0, pool=16):
+def grouped_batches(rows, batch_size, seed, epoch, most=3, pool=16):
     """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
 
-    rows: list of Datum. Groups of rows are shuffled, cut into pools, sorted and dealt as single rows are; as a group
-    cannot be cut, a batch has batch_size rows on average only: seven groups of six make three batches of 14.
+    Three, not a datum's six: a reward model whose batches contain few prompts learns worse to tell mismatched outputs
+    (docs/speed.md). rows: list of Datum. Groups of rows are shuffled, cut into pools, sorted and dealt as single rows
+    are; as a group is not cut, a batch has batch_size rows on average only.
     """
     rng = np.random.default_rng(stream_seed(seed, "order", epoch))
     size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty

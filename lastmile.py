@@ -48,6 +48,7 @@ from beyond.samples import check_missing, with_negatives
 from formats.columns import encodable, strip
 from formats.errors import UserError
 from formats.llama_folder import copy_companions
+from formats.tables import read_inputs
 from toy import chatter
 from training.checkpoint import adapter_hash
 from training.dry_run import dry_run
@@ -70,6 +71,7 @@ from training.inputs import (
     warn_of_short_groups,
 )
 from training.optimizer import Optimizer
+from training.predictions import Predictions, row_luck
 from training.results import add_bleurt, read_scores, write_predictions, write_scores
 from training.reward_report import reward_report
 from training.run import Run
@@ -459,6 +461,28 @@ def answer(settings, text):
     say(tokenizer.decode(response[0]))
 
 
+def predict(settings):
+    """Outputs for a file of inputs, in its order; what an earlier call has written is kept."""
+    s = settings
+    inputs = read_inputs(s.input, s.input_column, s.delimiter)
+    llama, tokenizer = open_base(s)
+    adapter = load_column(s, llama, s.adapter)
+    prompts = tokenizer.prompts([source for _, source in inputs])
+    limit = context_left(s, llama)
+    if s.dry_run:
+        return dry_run(s, llama)
+    file = Predictions(s, inputs, llama, tokenizer)
+    for rows in progress("predict")(file.batches()):
+        short = [i for i in rows if len(prompts[i]) <= limit]
+        luck = row_luck(s, short)
+        sampling = (s.max_new_tokens, s.temperature, None, s.top_k, s.top_p, luck)
+        responses = model.sample(llama, [prompts[i] for i in short], adapter, *sampling) if short else []
+        texts = [tokenizer.decode(response) for response in responses]
+        file.append(rows, dict(zip(short, texts, strict=True)))
+    long = sum(len(prompt) > limit for prompt in prompts)
+    say(f"predict: {len(inputs)} rows in {file.path}, {long} of them over {limit} tokens and without an output")
+
+
 def merge(settings):
     """Base and adapter as one dense Hugging Face folder, for tools that know no adapters and no GPTQ."""
     with stage_folder(settings, "merge") as folder:
@@ -491,6 +515,7 @@ COMMANDS = {
     "report": write_report,
     "merge": merge,
     "sample": answer,
+    "predict": predict,
 }
 
 

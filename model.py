@@ -349,12 +349,15 @@ class Llama(nn.Module):
 
 
 @torch.inference_mode()
-def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, generator=None, top_k=0, top_p=1.0):
+def sample(
+    llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, generator=None, top_k=0, top_p=1.0, uniform=None
+):
     """Continue prompts until EOS or the cap.
 
     prompts: list of lists of ids, of any lengths. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing, as PPO
     needs: it must sample from the very distribution whose probabilities it then takes.
-    generator: on the model's device; without one, the global generator.
+    generator: on the model's device; without one, the global generator. uniform: (B, max_new_tokens) random numbers in
+    its place, one for each token of each row.
     Returns a list of token lists, each ending with EOS unless the cap cut it.
     """
     B, device = len(prompts), llama.device
@@ -370,7 +373,8 @@ def sample(llama, prompts, adapter=None, max_new_tokens=100, temperature=1.0, ge
     answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     for i in range(max_new_tokens):
         # One number for every prompt: what a row draws does not depend on which other rows have ended.
-        u = torch.rand(B, 1, generator=generator, device=device)[row]  # (rows, 1)
+        u = torch.rand(B, 1, generator=generator, device=device) if uniform is None else uniform[:, i : i + 1]
+        u = u[row]  # (rows, 1)
         token = pick(logits, temperature, top_k, top_p, u)  # (rows,)
         answers[row, i] = token
         done |= torch.isin(token, eos)

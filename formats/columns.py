@@ -32,10 +32,6 @@ class Names:
     target: str | None = None
     negative: str | None = None
 
-    def __post_init__(self):
-        if bool(self.input) != bool(self.target):
-            raise UserError("--input-column and --target-column go together; name both")
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,6 +60,8 @@ def find_layout(where, row, names):
         raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
     columns = lower_names(row)
     label = None
+    if bool(names.input) != bool(names.target):
+        raise UserError("--input-column and --target-column go together; name both")
     if names.input:
         parts, target = (find(where, columns, row, names.input),), find(where, columns, row, names.target)
     else:
@@ -127,6 +125,38 @@ def hint_of_delimiter(row):
             if delimiter in str(next(iter(row))):
                 return f"; or the header's one cell is several: --delimiter '{delimiter}'".replace("\t", "\\t")
     return ""
+
+
+def find_inputs(where, row, names):
+    """The columns of a row's input, as of Layout.parts; a target may be there or not."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with an input column, found {row!r:.40}")
+    columns = lower_names(row)
+    if names.input:
+        return (find(where, columns, row, names.input),)
+    found = [name for name in CONVERSATIONS if isinstance(row.get(columns.get(name)), list)]
+    found += [name for name in dict.fromkeys(name for name, _ in PAIRS) if name in columns]
+    before = [columns[name] for name in ("system", "instruction") if name in columns]
+    if "instruction" in found:
+        found = [name for name in found if name in CONTEXTS] or ["instruction"]
+    if len(found) != 1:
+        problem = "more than one column may be the input" if found else "cannot tell the input column"
+        raise UserError(f"{where}: {problem} among {', '.join(map(str, row))}; name it: --input-column NAME")
+    return tuple(dict.fromkeys([*before, columns[found[0]]]))
+
+
+def input_of(where, row, parts):
+    """The text of an input. Of a conversation that ends with the assistant, what stands before that."""
+    texts = []
+    for name in parts:
+        turns = row[name]
+        if isinstance(turns, list):
+            turns = messages(where, name, turns)
+            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        texts.append(conversation(where, name, turns, may_be_empty=len(parts) > 1))
+    if not any(texts):
+        raise UserError(f"{where}: column {parts[-1]!r} is empty or not text; fix or remove that row")
+    return "\n\n".join(text for text in texts if text)
 
 
 def pairs_of(where, row, layout):

@@ -87,6 +87,23 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
     return [pair for row in rows for pair in row]
 
 
+def read_inputs(path, input_column=None, delimiter=None):
+    """All inputs of a file, whose rows need no target: a list of (id, source)."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; --input takes a file of inputs: {', '.join(SUFFIXES)}")
+    names = columns.Names(input_column)
+    rows = []
+    for number, row in read_rows(file, read_delimiter(delimiter)):
+        where = f"{file}:{number}"
+        source = columns.input_of(where, row, columns.find_inputs(where, row, names))
+        name = row.get("id")
+        rows.append((str(number) if name in (None, "") else str(name), source))
+    if not rows:
+        raise UserError(f"{file}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
+    return rows
+
+
 def find_files(name_or_path, split):
     """The files of one split."""
     preset = PRESETS.get(str(name_or_path))

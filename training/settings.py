@@ -252,6 +252,15 @@ class Sample(Common):
 
 
 @dataclass(frozen=True)
+class Predict(Sample):
+    """outputs for a file of inputs, a line each, continued where it was stopped"""
+
+    input: str = opt("", "file of inputs, in any format that --data reads; a target column is not needed", result=False)
+    output: str = opt("", "file of outputs, .jsonl [<output-dir>/predict/<input>.jsonl]", result=False)
+    batch_size: int = opt(16, "rows a sampling batch", least=1)
+
+
+@dataclass(frozen=True)
 class Merge(Common):
     """base and adapter as one dense model folder"""
 
@@ -270,4 +279,5 @@ COMMANDS = {
     "report": Report,
     "merge": Merge,
     "sample": Sample,
+    "predict": Predict,
 }
