@@ -384,17 +384,25 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
     return [found[i] for i in rng.permutation(len(found))]
 
 
+APART = {"positive": 0, "mismatched": 2}  # the others: 1
+
+
 def grouped_batches(rows, batch_size, seed, epoch, most=3, pool=16):
     """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
 
-    Three, not a datum's six: a reward model whose batches contain few prompts learns worse to tell mismatched outputs
-    (docs/speed.md). rows: list of Datum. Groups of rows are shuffled, cut into pools, sorted and dealt as single rows
-    are; as a group is not cut, a batch has batch_size rows on average only.
+    Three, not a datum's six, and the truth apart from the mismatched output, which is most like it: with both in one
+    batch a reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are shuffled,
+    cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows on average.
     """
+
+    def place(i):
+        return APART.get(rows[i].kind, 1)
+
     rng = np.random.default_rng(stream_seed(seed, "order", epoch))
     size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty
     groups = []
     for same in same_prompt(rows, rng.permutation(len(rows)).tolist()):
+        same = sorted(same, key=place)
         groups += [same[i : i + size] for i in range(0, len(same), size)]
     groups = [groups[i] for i in rng.permutation(len(groups))]
     number = math.ceil(len(rows) / batch_size)

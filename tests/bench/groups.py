@@ -22,8 +22,8 @@ from training import command_line
 from training.folders import commit
 from training.inputs import load_rows
 
-# name: rows of one prompt that share a batch, 0: all. Of the last two, contrast has the truth and the mismatched output
-# in the same half, apart in different ones.
+# name: rows of one prompt that share a batch, 0: all. Halves are of rows at random; contrast has the truth and the
+# mismatched output in the same half, apart, the default, in different ones.
 COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0, "contrast": 3, "apart": 3}
 
 
@@ -57,22 +57,15 @@ def run(options, name, most, seed):
     flags = ["--data", options.data, "--model", options.base, "--output-dir", str(folder), "--seed", str(seed)]
     flags += ["--overwrite", *options.flags.split()]
     flags += ["--no-share-prompts"] if most is None else []
-    dealt, same_prompt = data.grouped_batches, data.same_prompt
+    dealt, apart = data.grouped_batches, data.APART
     data.grouped_batches = partial(dealt, most=most or 0)
-    if name in ("contrast", "apart"):
-        data.same_prompt = partial(arranged, same_prompt=same_prompt, name=name)
+    data.APART = {"contrast": {"positive": 0, "mismatched": 0}, "apart": apart}.get(name, {})
     try:
         assert lastmile.main(["reward", *flags]) == 0
     finally:
-        data.grouped_batches, data.same_prompt = dealt, same_prompt
+        data.grouped_batches, data.APART = dealt, apart
     _, settings, _ = command_line.read(["reward", *flags])
     return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
-
-
-def arranged(rows, order, same_prompt, name):
-    """data.same_prompt, with the truth first and the mismatched output second, or last."""
-    place = {"positive": 0, "mismatched": 0 if name == "contrast" else 2}
-    return [sorted(group, key=lambda i: place.get(rows[i].kind, 1)) for group in same_prompt(rows, order)]
 
 
 def heldout_loss(settings):
