@@ -3,7 +3,8 @@
     load  ->  encode (template, tokenizer, filter)  ->  with_negatives  ->  epochs  ->  collate  ->  Batch
 
 An `Example` is text, a `Datum` is one prompt and one response in token ids, a `Batch` is a rectangle of them.
-Every row of a batch reads `prompt, response, EOS, padding`. Everything that follows depends on two conventions:
+Every row of a batch reads `prompt, response, padding`; EOS is the last token of a response, unless the cap cut it.
+Everything that follows depends on two conventions:
 
 * Column t of every (B, T) tensor belongs to token t.
 * Masks come from lengths, never from comparing ids: Llama-2 has no padding token, and its EOS is an action.
@@ -169,7 +170,7 @@ class Datum:
     source: str
     target: str
     prompt: list  # token ids: BOS, template around the source
-    response: list  # token ids: target, EOS
+    response: list  # token ids: of a true output target and EOS
     label: float = 1.0
     weight: float = 1.0
     kind: str = "positive"
@@ -323,10 +324,10 @@ def derangement(texts, rng):
 
 @dataclass(frozen=True)
 class Batch:
-    tokens: torch.Tensor  # (B, T) long: prompt, response, EOS, padding
+    tokens: torch.Tensor  # (B, T) long: prompt, response, padding
     mask: torch.Tensor  # (B, T) bool: True on the response, EOS included
     prompt_len: torch.Tensor  # (B,) long
-    ref_len: torch.Tensor  # (B,) long: tokens of the true response, EOS included
+    ref_len: torch.Tensor  # (B,) long: tokens of the response, EOS included; ppo.rollout keeps the truth's
     label: torch.Tensor  # (B, T) float: 1 good, 0 bad
     weight: torch.Tensor  # (B,) float: 1, or 1/5 for a negative
     rows: tuple  # of B Datum: what the batch was made from
@@ -363,8 +364,8 @@ def collate(data, device="cpu"):
     return Batch(*[tensor.to(device) for tensor in tensors], rows=tuple(data))
 
 
-def share(part, whole):
-    """The part's share in a sum over the whole: what its mean counts for in the whole's. Exactly 1 where it is all."""
+def fraction(part, whole):
+    """What a part's mean counts for in the whole's, both masks or weights. Exactly 1 where the part is all."""
     return part.sum().item() / whole.sum().item()
 
 

@@ -8,12 +8,15 @@
     python lastmile.py eval       predictions and scores of base, mle, policy  -> <output-dir>/eval
     python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
     python lastmile.py report     curves, tables, outputs token by token       -> <output-dir>/report.html
-    python lastmile.py sample     the summary of one text
+    python lastmile.py sample     the output for one text
+    python lastmile.py predict    outputs for a file of inputs                 -> --output FILE.jsonl
     python lastmile.py merge      base and adapter as one dense model          -> <output-dir>/merge
 
-This file contains the training loops, in the order of the paper. Every loop processes a batch in the same way:
+This file contains the training loops: base, reward model, control, PPO. Every loop processes a batch in the same way:
 
     load -> encode -> batches -> collate -> llama(tokens, adapter) -> loss -> backward -> update -> log
+
+PPO samples the batch's outputs after `collate`, every second time, and judges them before the loss.
 
 A loop trains one stage; its step function makes one update. What all stages share (settings, folders, resume, log) is
 in training/. Read next: data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
@@ -50,6 +53,7 @@ from formats.errors import UserError
 from formats.llama_folder import copy_companions
 from formats.tables import read_inputs
 from toy import chatter
+from training import validation
 from training.checkpoint import adapter_hash
 from training.dry_run import dry_run
 from training.files import write_json
@@ -138,9 +142,9 @@ def pretrain_step(llama, batch, optimizer, rate, dtype, micro_batch_size=0):
     """One update of all weights on the mean cross entropy of the batch's tokens."""
     loss = 0.0
     for part in batch.split(micro_batch_size):
-        share = data.share(part.mask, batch.mask)
+        share = data.fraction(part.mask, batch.mask)
         with torch.autocast(llama.device.type, dtype, enabled=dtype != torch.float32):
-            part_loss = ppo.mle_loss(ppo.policy_logp(llama, part), part.mask)
+            part_loss = ppo.mle_loss(ppo.response_logp(llama, part, None), part.mask)
         optimizer.backward(part_loss, share)
         loss += part_loss.item() * share
     return {"loss": loss, "grad_norm": optimizer.step(rate)}
@@ -184,7 +188,7 @@ def train_reward(settings):
             rows += with_negatives(settings, llama, tokenizer, samplers, labelled, "train", round)
         heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
         check_missing(settings, rows, columns)
-        depends_on = start_adapter(settings, llama, "reward", "lora", head="normal")
+        depends_on = start_adapter(settings, llama, "reward", stream="lora", head="normal")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["reward"], has_logits=False)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
@@ -193,7 +197,8 @@ def train_reward(settings):
             if name != "base":
                 depends_on[f"{name} adapter"] = adapter_hash(adapter_folder(settings, name))
         bar = ["loss", "positive", "negative"]
-        with Run(folder, "reward", settings, rows, optimizer, llama.folder, depends_on, bar) as run:
+        validate = validation.of_reward(settings, llama, heldout)
+        with Run(folder, "reward", settings, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
             for step, rate, batch in run.batches():
                 numbers = reward_step(
                     llama, batch, optimizer, rate, weight_per_batch, settings.level, settings.micro_batch_size,
@@ -230,8 +235,9 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
 def average_batch(settings, amounts):
     """How much of something (tokens, weights) an average batch contains; amounts: how much each row contains.
 
-    Losses are divided by this and not by what their own batch contains. Rows of similar length share a batch: divided
-    by its own tokens, a batch of long rows would weigh each of them less than in a plain shuffle.
+    The losses of reward and mle are divided by this and not by what their own batch contains. Rows of similar length
+    share a batch: divided by its own tokens, a batch of long rows would weigh each of them less than in a plain
+    shuffle. PPO averages over its own batch, as equation 3 says; how long its samples are is not known beforehand.
     """
     rows = min(settings.batch_size, len(amounts))  # few data make one small batch
     return rows * sum(amounts) / len(amounts)
@@ -251,12 +257,13 @@ def train_mle(settings):
     with stage_folder(settings, "mle") as folder:
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
-        depends_on = start_adapter(settings, llama, "mle", "lora")
+        depends_on = start_adapter(settings, llama, "mle", stream="lora")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["mle"])
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])
-        with Run(folder, "mle", settings, rows, optimizer, llama.folder, depends_on, bar=["loss"]) as run:
+        validate = validation.of_mle(settings, llama, tokenizer)
+        with Run(folder, "mle", settings, rows, optimizer, llama.folder, depends_on, ["loss"], validate) as run:
             for step, rate, batch in run.batches():
                 numbers = mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
                 run.log(step, batch, learning_rate=rate, **numbers)
@@ -270,7 +277,7 @@ def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0
     """
     logps = []
     for part in batch.split(micro_batch_size):
-        logp = ppo.policy_logp(llama, part, "mle")  # (B, T)
+        logp = ppo.response_logp(llama, part, "mle")  # (B, T)
         loss = ppo.mle_loss(logp, part.mask)
         optimizer.backward(loss, part.mask.sum().item() / tokens_per_batch)
         logps.append(logp.detach())
@@ -290,14 +297,15 @@ def train_ppo(settings):
         train_missing_reward(settings)
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
-        score, depends_on = open_reward(settings, llama, tokenizer, rows)
+        scorer, depends_on = open_reward(settings, llama, tokenizer, rows)
         depends_on |= add_actors(settings, llama)
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["policy", "value"])
         policy, value = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         optimizer = Optimizer(policy, value, max_grad_norm=settings.max_grad_norm)
         bar = ["return", "reward", "length", "explained_variance"]
-        with Run(folder, "ppo", settings, rows, optimizer, llama.folder, depends_on, bar) as run:
+        validate = validation.of_ppo(settings, llama, tokenizer, scorer)
+        with Run(folder, "ppo", settings, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
             for step, rate, batch in run.batches():
                 # 1. Act: sample from the policy, or take the ground truth as the policy's own actions
                 truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
@@ -308,57 +316,67 @@ def train_ppo(settings):
                     batch = ppo.rollout(batch, sampler)
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
-                numbers = ppo_step(llama, batch, optimizer, rate, score, settings, log_kl)
+                numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
 
 
-def ppo_step(llama, batch, optimizer, rate, score, settings, log_kl=False):
+def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False):
     """The update on one batch (paper, 3.3), or --ppo-epochs of them. Returns the metrics of the last.
 
-    score: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward.
+    scorer: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward.
     """
     parts = batch.split(settings.micro_batch_size)
     trajectories = []  # one for each micro-batch
     for epoch in range(settings.ppo_epochs):
         passes = []
         for i, part in enumerate(parts):
-            logp, entropy, value = ppo.actor_critic(llama, part, settings.entropy_coef > 0)  # (B, T) each
+            logp, value, entropy = ppo.actor_critic(llama, part, settings.entropy_coef > 0)  # (B, T) each
             if epoch == 0:  # the policy before the first update is the old one: its ratio, equation 1, is exactly 1
-                trajectories.append(judge(llama, part, logp, value, score, settings, log_kl))
+                trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl))
             policy_loss = ppo.policy_loss(logp, trajectories[i], settings.clip_range)  # equation 3
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
-            loss = policy_loss + value_loss
-            if settings.entropy_coef:
+            loss = policy_loss + value_loss  # no coefficient: the adapters are disjoint, each with its own clip
+            if settings.entropy_coef > 0:
                 loss = loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
-            optimizer.backward(loss, data.share(part.mask, batch.mask))
+            optimizer.backward(loss, data.fraction(part.mask, batch.mask))
             passes.append((logp.detach(), value.detach(), entropy.detach()))
         grad_norm = optimizer.step(rate)
     traj = ppo.Trajectory.cat(trajectories)
-    logp, value, entropy = [torch.cat(column) for column in zip(*passes, strict=True)]
+    logp, value, entropy = [torch.cat(parts) for parts in zip(*passes, strict=True)]
     numbers = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
     numbers["policy_loss"] = ppo.policy_loss(logp, traj, settings.clip_range).item()
     numbers["value_loss"] = ppo.value_loss(value, traj, settings.value_clip).item()
-    return numbers | {"grad_norm": grad_norm}
+    return numbers | {"grad_norm": grad_norm}  # the policy's
 
 
-def judge(llama, batch, logp, value, score, settings, log_kl=False):
-    """Rewards, advantages (equation 2) and returns (equation 4) of a batch, from the first pass over it."""
+@torch.no_grad()
+def judge(llama, batch, logp, value, scorer, settings, log_kl=False):
+    """Score a batch, and compare it with the base where the KL is wanted; then its trajectory, see ppo.trajectory."""
     s = settings
     kl = None
-    if s.kl_coef or log_kl:
-        with torch.inference_mode():  # the base is the policy without its adapter: no second model
-            kl = logp.detach() - ppo.policy_logp(llama, batch)  # (B, T)
+    if s.kl_coef or log_kl:  # the base is the policy without its adapter: no second model
+        kl = logp - ppo.response_logp(llama, batch, adapter=None)  # (B, T)
     return ppo.trajectory(
-        batch, logp, value, score(batch), s.gamma, s.lam, s.length_penalty, s.reward_clamp, kl, s.kl_coef, s.whiten
+        batch,
+        logp,
+        value,
+        score=scorer(batch),
+        gamma=s.gamma,
+        lam=s.lam,
+        penalty=s.length_penalty,
+        reward_clamp=s.reward_clamp,
+        kl=kl,
+        kl_coef=s.kl_coef,
+        whiten_advantages=s.whiten,
     )
 
 
 def add_actors(settings, llama):
     """Add the policy, new or from --init, and a new value. Returns {name: hash} of the adapter that --init names."""
-    depends_on = start_adapter(settings, llama, "policy", "policy")
-    new_adapter(settings, llama, "value", "value", head="zero")
+    depends_on = start_adapter(settings, llama, "policy", stream="policy")
+    new_adapter(settings, llama, "value", stream="value", head="zero")
     return depends_on
 
 

@@ -151,8 +151,11 @@ def mle_loss(logp, mask):
 # From hidden states to columns
 
 
-def before(h, mask):
-    """The hidden states from which the response tokens were chosen: (B, T, C) -> (n, C), n response tokens."""
+def states_before(h, mask):
+    """The hidden states from which the response tokens were chosen: (B, T, C) -> (n, C), n response tokens.
+
+    Every row begins with at least one prompt token, so that there is a state before its first response token.
+    """
     return h[:, :-1][mask[:, 1:]]
 
 
@@ -162,8 +165,8 @@ def fill(mask, flat):
 
 
 def response_logits(llama, h, batch):
-    """Logits behind every response token, and behind no other: (B, T, C) -> (n, V)."""
-    return llama.logits(before(h, batch.mask))
+    """The logits from which every response token was chosen, and no others: (B, T, C) -> (n, V)."""
+    return llama.logits(states_before(h, batch.mask))
 
 
 def token_logp(logits, batch):
@@ -171,8 +174,8 @@ def token_logp(logits, batch):
     return fill(batch.mask, -F.cross_entropy(logits, batch.tokens[batch.mask], reduction="none"))
 
 
-def policy_logp(llama, batch, adapter=None):
-    """log pi of the response tokens under an adapter, from one pass over the batch: (B, T)."""
+def response_logp(llama, batch, adapter):
+    """log pi of the response tokens under an adapter (None: the base), from one pass over the batch: (B, T)."""
     return token_logp(response_logits(llama, llama(batch.tokens, adapter), batch), batch)
 
 
@@ -186,17 +189,17 @@ def actor_critic(llama, batch, entropy_learns=False):
     """Policy and value in ONE pass: their rows are stacked in one batch over the shared base.
 
     The adapters differ, the base does not: each of its products (and each dequantisation) is done once for both.
-    Returns logp, entropy and value, all (B, T). entropy_learns: whether the loss has an entropy term; without, nothing
+    Returns logp, value and entropy, all (B, T). entropy_learns: whether the loss has an entropy term; without, nothing
     of it is kept for backward.
     """
     B = len(batch.tokens)
     h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
-    policy, value = h.split(B)  # each (B, T, C)
-    logits = response_logits(llama, policy, batch)  # (n, V)
+    policy_h, value_h = h.split(B)  # each (B, T, C)
+    logits = response_logits(llama, policy_h, batch)  # (n, V)
     logp = token_logp(logits, batch)  # (B, T)
     entropy = token_entropy(logits if entropy_learns else logits.detach(), batch)  # (B, T)
-    value = llama.scalar(before(value, batch.mask), "value")  # (n,)
-    return logp, entropy, fill(batch.mask, value)
+    value = fill(batch.mask, llama.scalar(states_before(value_h, batch.mask), "value"))  # (B, T)
+    return logp, value, entropy
 
 
 def column_scores(llama, batch, shared=False):
@@ -216,7 +219,7 @@ def reward_scores(llama, batch, level="token"):
     """The reward model's score of every token that carries a reward: (B, T), 0 elsewhere.
 
     A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
-    activations and propagate through them: a third more memory and backward work for nothing.
+    activations and propagate through them: half more memory and backward work for nothing.
     """
     return column_scores(llama, batch) * scored_tokens(batch.mask, level)
 
@@ -237,15 +240,19 @@ def rollout(batch, sample):
 
 
 def is_ground_truth(step, fraction):
-    """Whether outer batch `step` shows the ground truth: evenly spread, 1/2 alternates sampled, truth, sampled, …"""
+    """Whether the batch of `step` shows the ground truth: evenly spread, 1/2 alternates sampled, truth, sampled, …"""
     return int((step + 1) * fraction) > int(step * fraction)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trajectory and metrics
 
 
 @torch.no_grad()
 def trajectory(
     batch, logp, value, score, gamma, lam, penalty, reward_clamp=0.0, kl=None, kl_coef=0.0, whiten_advantages=False
 ):
-    """Rewards, advantages (equation 2) and returns (equation 4) of one batch, from the first pass over it.
+    """The constants of an update, from the first pass over a batch: rewards, then equations 2 and 4.
 
     logp, value, score (B, T); reward_clamp > 0 limits the score to [-c, c]; kl (B, T): log-ratio to the base, of which
     each token pays kl_coef. Returns a Trajectory.
@@ -277,6 +284,7 @@ def statistics(traj, batch, logp, value, entropy, clip_eps, eos):
     last_token = batch.tokens.gather(1, last_column[:, None]).squeeze(1)  # (B,)
     ended = torch.isin(last_token, torch.tensor(eos, device=mask.device))  # (B,)
     numbers = {
+        # Of a whole output, not discounted: not traj.ret, the discounted return from each token on.
         "return": (traj.reward * mask).sum().item() / len(mask),
         "reward": masked_mean(traj.reward, mask).item(),
         "advantage": masked_mean(traj.adv, mask).item(),

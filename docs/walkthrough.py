@@ -188,11 +188,11 @@ def reward_stage(llama, tokenizer, rows):
 
 def mle_stage(llama, tokenizer, batch):
     """Maximum likelihood of the truth, the control."""
-    base = ppo.policy_logp(llama, batch)  # (B, T)
+    base = ppo.response_logp(llama, batch, None)  # (B, T)
     llama.add_adapter("mle", 32, 16.0, TARGETS, draw("lora"))
     adamw, logps = optimizer.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
     for _ in range(31):
-        logps.append(ppo.policy_logp(llama, batch, "mle").detach())
+        logps.append(ppo.response_logp(llama, batch, "mle").detach())
         lastmile.mle_step(llama, batch, adamw, RATE, batch.mask.sum().item())
     llama.requires_grad_(False)
     title("lora")
@@ -253,7 +253,7 @@ def ppo_stage(llama, tokenizer, batch):
 
     def chances():
         """Probabilities of the two tokens that the base gets wrong: row 0's EOS and row 1's first."""
-        p = ppo.policy_logp(llama, batch, "policy").exp()  # (B, T)
+        p = ppo.response_logp(llama, batch, "policy").exp()  # (B, T)
         return [p[0, t].item(), p[1, batch.prompt_len[1]].item()]
 
     for step in range(UPDATES):
@@ -263,7 +263,7 @@ def ppo_stage(llama, tokenizer, batch):
         taken = batch if truth else ppo.rollout(batch, sample)
         if step < 2:
             name = "truth" if truth else "sampled"
-            logp, _, value = ppo.actor_critic(llama, taken)
+            logp, value, _ = ppo.actor_critic(llama, taken)
             score = ppo.reward_scores(llama, taken)
             traj = ppo.trajectory(taken, logp, value, score, PLAN.gamma, PLAN.lam, PLAN.length_penalty)
             title(name)
@@ -277,7 +277,7 @@ def ppo_stage(llama, tokenizer, batch):
             equations(traj, t, logp, value)
             if truth:
                 print("after it")
-                logp, _, value = ppo.actor_critic(llama, taken)
+                logp, value, _ = ppo.actor_critic(llama, taken)
                 equations(traj, t, logp, value)
     llama.requires_grad_(False)
     title("ppo")

@@ -67,7 +67,7 @@ def test_the_demo(fresh_run, capsys):
     [
         ("reward", "--train-examples 2 --batch-size 12 --learning-rate 1e-2 --eval-examples 4", "loss", 0.15),
         ("mle", "--train-examples 2 --batch-size 2 --learning-rate 1e-2", "loss", 0.5),
-        ("ppo", "--train-examples 4 --batch-size 4 --learning-rate 1e-2 --ground-truth-fraction 1", "value_loss", 0.1),
+        ("ppo", "--train-examples 4 --batch-size 4 --learning-rate 1e-2 --ground-truth-fraction 1", "value_loss", 0.2),
     ],
     ids=["reward", "mle", "ppo"],
 )
@@ -1066,3 +1066,8 @@ def test_gguf_is_called_by_its_name(tmp_path, where, capsys):
     assert lastmile.main(["mle", "--model", str(place), "--output-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "GGUF is not read; take the model's safetensors version" in said and said.count("\n") == 1
+
+
+def test_every_command_is_in_the_docstring():
+    """`lastmile.py`'s first lines are its table of contents; predict was once missing there."""
+    assert all(f"python lastmile.py {name} " in lastmile.__doc__ for name in lastmile.COMMANDS)

@@ -225,7 +225,7 @@ def test_what_each_column_may_see(actors):
     with torch.no_grad():
         before, after = ((*ppo.actor_critic(actors, b), ppo.reward_scores(actors, b)) for b in (batch, other))
     is_last = torch.zeros_like(batch.mask).scatter(1, last, True)
-    for name, a, b in zip(("logp", "entropy", "value", "score"), before, after, strict=True):
+    for name, a, b in zip(("logp", "value", "entropy", "score"), before, after, strict=True):
         assert torch.equal(a[~is_last], b[~is_last])
         assert (a[is_last] != b[is_last]).all() == (name in ("logp", "score"))
         assert (a[is_last] == b[is_last]).all() == (name in ("entropy", "value"))
@@ -234,7 +234,7 @@ def test_what_each_column_may_see(actors):
 def test_columns_by_hand(actors):
     """Every column of one row against logits, value and score read at the position where they belong."""
     batch = random_batch(5)
-    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
+    (logp, value, entropy), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
     p = actors.logits(actors(batch.tokens, "policy")).softmax(-1)[0]  # (T, V)
     V, r = (actors.scalar(actors(batch.tokens, name), name)[0] for name in ("value", "reward"))
     for t in range(5, 10):
@@ -248,9 +248,9 @@ def test_columns_by_hand(actors):
 def test_stacked_pass_equals_three(actors):
     """One pass over rows of three adapters gives the values and gradients of three passes; the reward gets none."""
     batch = random_batch(4, 1, 9, 6)
-    (logp, _, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
+    (logp, value, _), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
     apart = ppo.token_logp(ppo.response_logits(actors, actors(batch.tokens, "policy"), batch), batch)
-    h = ppo.before(actors(batch.tokens, "value"), batch.mask)
+    h = ppo.states_before(actors(batch.tokens, "value"), batch.mask)
     apart_value = ppo.fill(batch.mask, actors.scalar(h, "value"))
     judged = actors.scalar(actors(batch.tokens, "reward"), "reward") * batch.mask
     for one, other in ((logp, apart), (value, apart_value), (score, judged)):
@@ -269,7 +269,7 @@ def test_first_update_is_the_plain_policy_gradient(actors, whitened):
     ratio near 1 here is the mark of log-probabilities taken from the sampler's cache or another dtype.
     """
     batch = random_batch(4, 1, 9, 6)
-    (logp, entropy, value), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
+    (logp, value, entropy), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
     traj = ppo.trajectory(batch, logp, value, score, GAMMA, LAM, 2.5, whiten_advantages=whitened)
     assert (ppo.ratio(logp, traj.logp_old)[batch.mask] == 1).all()
     numbers = ppo.statistics(traj, batch, logp, value, entropy, 0.2, eos=(2,))
@@ -342,6 +342,6 @@ def test_entropy_keeps_nothing_unless_it_is_learned_from(run_folder, learns):
     for name, head in (("policy", None), ("value", "zero")):
         llama.add_adapter(name, 4, 8.0, ["q_proj"], torch.Generator().manual_seed(0), head)
     batch = data.collate([data.Datum("", "", "", [1, 5, 6], [7, 8, 2])])
-    logp, entropy, value = ppo.actor_critic(llama, batch, learns)
+    logp, value, entropy = ppo.actor_critic(llama, batch, learns)
     assert logp.requires_grad and value.requires_grad and entropy.requires_grad == learns
     assert (entropy[batch.mask] > 0).all()

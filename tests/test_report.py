@@ -163,7 +163,7 @@ def test_token_numbers_are_those_of_ppo(run):
             batch = data.collate([data.Datum("", "", "", prompt, ids)])
             batch = replace(batch, ref_len=torch.tensor([reference]))
             with torch.inference_mode():
-                logp, _, value = ppo.actor_critic(llama, batch)
+                logp, value, _ = ppo.actor_critic(llama, batch)
                 score = ppo.reward_scores(llama, batch)
             traj = ppo.trajectory(batch, logp, value, score, 0.99999, 0.95, 2.5)
             expected = {"reward": traj.reward, "score": score, "penalty": ppo.length_penalty(batch, 2.5),

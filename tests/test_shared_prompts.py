@@ -54,7 +54,7 @@ def gradients(llama, batch, level, shared, micro_batch_size=0):
     llama.zero_grad()
     total = 0.0
     for part in batch.split(micro_batch_size):
-        weight = data.share(part.weight, batch.weight)
+        weight = data.fraction(part.weight, batch.weight)
         loss = ppo.reward_loss(ppo.column_scores(llama, part, shared), part, level) * weight
         loss.backward()
         total += loss.item()

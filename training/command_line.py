@@ -250,6 +250,8 @@ def resolve(command, given):
     if command == "ppo":
         found["reward"] = s.reward or str(output / "reward")
     check_loggers(getattr(s, "report_to", ""))
+    if getattr(s, "keep", "last") == "best" and not s.eval_every:
+        raise UserError("--keep best: which is best is not known without validation; add --eval-every N")
     found["device"] = choose_device(s.device)
     found["dtype"] = s.dtype
     if s.dtype == "auto":

@@ -1,6 +1,6 @@
 """AdamW as every stage uses it: fp32 weights, a gradient clip for each adapter, a state that is saved and restored.
 
-Weight decay 0, no warm-up, gradient clip 1.0 for each adapter: our choices where the paper is silent.
+Weight decay 0, gradient clip 1.0 for each adapter: our choices where the paper is silent.
 AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101.
 """
 

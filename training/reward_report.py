@@ -16,22 +16,7 @@ def reward_report(settings, llama, rows):
 
     A hallucination with a span also has the mean of its span, and the AUC of the truth's tokens in that place.
     """
-    scores = {}  # class -> the mean score of each row
-    spans = {}  # class -> (mean of the true tokens, mean of the false ones) of each row
-    truth = None
-    for start in range(0, len(rows), 32):
-        batch = data.collate(rows[start : start + 32], settings.device)
-        with torch.inference_mode():
-            score = ppo.column_scores(llama, batch, settings.share_prompts)  # (B, T)
-        scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)
-        means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
-        for b, row in enumerate(batch.rows):
-            scores.setdefault(row.kind, []).append(means[b].item())
-            tokens = score[b][batch.mask[b]]  # (n,)
-            if row.kind == "positive":
-                truth = tokens  # its negatives follow it
-            elif row.span:
-                spans.setdefault(row.kind, []).append(span_means(truth, tokens, row.span))
+    scores, spans, _ = heldout_scores(settings, llama, rows)
     report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
     for kind in scores:
         if kind != "positive":
@@ -42,6 +27,33 @@ def reward_report(settings, llama, rows):
         report[kind]["span_auc"] = evaluation.auc(true, false)
     show_reward_report(report, len(scores["positive"]), bool(spans))
     return report
+
+
+def heldout_scores(settings, llama, rows):
+    """(scores, spans, loss) of rows with their negatives.
+
+    scores: {class: the mean score of each row}. spans: {class: (mean of the true tokens, mean of the false ones) of
+    each row}. loss: the reward loss of all rows.
+    """
+    scores = {}
+    spans = {}
+    loss = 0.0
+    truth = None
+    for start in range(0, len(rows), 32):
+        batch = data.collate(rows[start : start + 32], settings.device)
+        with torch.inference_mode():
+            score = ppo.column_scores(llama, batch, settings.share_prompts)  # (B, T)
+        loss += ppo.reward_loss(score, batch, settings.level).item() * batch.weight.sum().item()
+        scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)
+        means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)
+        for b, row in enumerate(batch.rows):
+            scores.setdefault(row.kind, []).append(means[b].item())
+            tokens = score[b][batch.mask[b]]  # (n,)
+            if row.kind == "positive":
+                truth = tokens  # its negatives follow it
+            elif row.span:
+                spans.setdefault(row.kind, []).append(span_means(truth, tokens, row.span))
+    return scores, spans, loss / sum(row.weight for row in rows)
 
 
 def span_means(truth, tokens, span):

@@ -30,6 +30,7 @@ from formats.errors import UserError
 from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write_checkpoint
 from training.files import clear, write_json
 from training.terminal import Stopped, say
+from training.validation import BEST
 
 
 def number_of_steps(settings, rows):
@@ -47,14 +48,21 @@ class Run:
     """The state of one training; see the top of this file.
 
     rows: list of Datum. base: the model's folder, or None. depends_on: {name: hash} of what else changes the result.
-    bar: names of the metrics that the progress bar shows.
+    bar: names of the metrics that the progress bar shows. validate: see training/validation.py; its numbers go to
+    validation.jsonl, a line each --eval-every steps, and with --keep best the parameters of the best are what remains.
     """
 
-    def __init__(self, folder, stage, settings, rows, optimizer, base=None, depends_on=None, bar=()):
+    def __init__(self, folder, stage, settings, rows, optimizer, base=None, depends_on=None, bar=(), validate=None):
         self.folder, self.stage, self.settings = folder, stage, settings
         self.rows, self.optimizer = rows, optimizer
         self.facts = fingerprint(stage, settings, rows, base, depends_on)
         self.bar_columns = bar
+        self.validate = validate
+        self.validated = {}  # the numbers of the last validation
+        self.best = None  # (value, step, tensors) of the best validation, with --keep best
+        self.keeps_best = validate is not None and settings.keep == "best"
+        if self.keeps_best:
+            self.facts["--keep"] = f"best of every {settings.eval_every}"
         self.batch_ids = []  # of the current batch
         self.step = -1  # the current step
         self.stop = 0  # the number of the signal that asks the run to stop
@@ -98,6 +106,10 @@ class Run:
     def continue_from(self, place, tensors, facts):
         """Take over a checkpoint's state and log, if it belongs to this very run. Returns its number of steps."""
         step = facts.pop("step")
+        best = facts.pop("best", None)  # (value, step)
+        if best:
+            names = sorted(name for name in tensors if name.startswith("best."))
+            self.best = (*best, [tensors.pop(name) for name in names])
         if changed := changes(facts, self.facts):
             raise UserError(
                 f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
@@ -107,7 +119,8 @@ class Run:
         except UserError as error:
             raise UserError(f"{place}: {error}; name another checkpoint, or start again with --overwrite") from None
         with suppress(shutil.SameFileError, FileNotFoundError):  # --resume PATH may name another run's checkpoint
-            shutil.copyfile(place.parents[1] / "metrics.jsonl", self.folder / "metrics.jsonl")
+            for name in ("metrics.jsonl", "validation.jsonl"):
+                shutil.copyfile(place.parents[1] / name, self.folder / name)
         say(f"{self.stage}: resumes from {place}")
         return step
 
@@ -120,6 +133,7 @@ class Run:
         self.unwritten = b""
         keep_first_lines(log, self.file, self.first)
         clear(self.folder / "bad_batch.json")
+        self.cut_validations()
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.monotonic()
         self.bar = None
@@ -138,6 +152,11 @@ class Run:
             self.explain(error)
         if kind is None or kind is Stopped:
             self.say_cost()
+        if kind is None and self.best:
+            value, step, tensors = self.best
+            for parameter, tensor in zip(self.optimizer.parameters, tensors, strict=True):
+                parameter.data.copy_(tensor)
+            say(f"{self.stage}: keeps step {step}, the best validation ({BEST[self.stage][0]} {value:.4g})")
         if self.stop and kind is None:  # the signal came after the last step
             raise Stopped(self.stop)
 
@@ -191,8 +210,33 @@ class Run:
             self.bar.update()
             self.end_step(step + 1, steps)
 
+    def cut_validations(self):
+        """Keep the validations up to the step that the run continues from."""
+        file = self.folder / "validation.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True) if self.first and file.exists() else []
+        clear(file)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.first]
+        if kept:
+            file.write_bytes(b"".join(kept))
+
+    def validate_now(self, done):
+        """Validate after `done` steps: log the numbers, and remember the parameters if they are the best so far."""
+        self.validated = self.validate()
+        line = {"step": done} | self.validated
+        with open(self.folder / "validation.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for write, _ in self.loggers:
+            write(done, self.validated)
+        if self.keeps_best:
+            name, choose = BEST[self.stage]
+            value = self.validated[name]
+            if self.best is None or choose(value, self.best[0]) != self.best[0]:
+                self.best = value, done, [p.detach().clone() for p in self.optimizer.parameters]
+
     def end_step(self, done, steps):
-        """Save when it is time; raise Stopped where a signal or --max-time asks for it."""
+        """Validate and save when it is time; raise Stopped where a signal or --max-time asks for it."""
+        if self.validate and (done % self.settings.eval_every == 0 or done == steps):
+            self.validate_now(done)
         if 0 < self.settings.max_time * 60 < time.monotonic() - self.started:
             self.stop = self.stop or signal.SIGTERM
         must = done == steps or bool(self.stop)
@@ -207,7 +251,11 @@ class Run:
         try:
             self.flush()
             os.fsync(self.file)
-            write_checkpoint(place, self.optimizer.state(), self.facts | {"step": done})
+            tensors, facts = self.optimizer.state(), self.facts | {"step": done}
+            if self.best:
+                facts["best"] = self.best[:2]
+                tensors |= {f"best.{i:06}": tensor for i, tensor in enumerate(self.best[2])}
+            write_checkpoint(place, tensors, facts)
         except OSError as error:
             if must:
                 raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
@@ -244,6 +292,7 @@ class Run:
     def show(self, numbers):
         """Update the progress bar."""
         shown = {name: f"{numbers[name]:.3g}" for name in self.bar_columns if numbers[name] is not None}
+        shown |= {name: f"{value:.3g}" for name, value in self.validated.items() if "auc" not in name}
         shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.started):.0f}"
         if self.settings.device == "cuda":
             shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"

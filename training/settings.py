@@ -139,6 +139,14 @@ class Quantize(Common):
 class Training(Schedule):
     """What every adapter needs."""
 
+    eval_every: int = opt(0, "steps between validations; 0: never (P)", least=0, result=False)
+    eval_examples: int = opt(200, "validation examples, a random subset", least=2, result=False)
+    keep: str = opt(
+        "last",
+        "the adapter that is saved: of the last step (P), or of the best validation",
+        choices=("last", "best"),
+        result=False,
+    )
     lora_r: int = opt(32, "rank (P 3.1)", least=1)
     lora_alpha: float = opt(16.0, "the low-rank term is scaled by alpha / r (P 3.1)", above=0)
     lora_targets: str = opt(
@@ -189,6 +197,7 @@ class Mle(Training):
 class Ppo(Training):
     """policy and value by PPO (paper, 3.3)"""
 
+    eval_examples: int = opt(50, "validation examples, a random subset, answered greedily", least=2, result=False)
     gamma: float = opt(0.99999, "discount (P 3.3)", above=0, most=1)
     lam: float = opt(0.95, "GAE's lambda (P 3.3)", least=0, most=1)
     clip_range: float = opt(0.2, "epsilon of eq. 3; inert at one update a batch (choice: Schulman's)", above=0)

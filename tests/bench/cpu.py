@@ -318,6 +318,7 @@ def main():
     parser.add_argument(
         "--seconds", type=float, default=60, help="for the laps of one line; 5 laps at least, 20 at most"
     )
+    parser.add_argument("--name", default="cpu", help="of the files of results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # TRL's about its own age
@@ -333,7 +334,7 @@ def main():
     worst = {
         key: min((results[key] for results in runs), key=lambda one: one["speedup"]["of minima"]) for key in results
     }
-    common.write("cpu", found, [HEADER, *(one["row"] for one in worst.values())], ceilings=limits, runs=runs)
+    common.write(arguments.name, found, [HEADER, *(one["row"] for one in worst.values())], ceilings=limits, runs=runs)
 
 
 if __name__ == "__main__":

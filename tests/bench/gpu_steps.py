@@ -161,7 +161,7 @@ def updates(bench):
 
     peers = as_peers(llama, batch, s)
     with torch.no_grad():
-        logp, _, value = ppo.actor_critic(llama, batch)
+        logp, value, _ = ppo.actor_critic(llama, batch)
         for mine, other in zip((logp, value), peers(check=True), strict=True):
             error = ((mine - other).norm() / other.norm()).item()
             assert error < 0.05, f"the peers' way gives something else: {error:.1e}"
