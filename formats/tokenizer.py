@@ -94,8 +94,12 @@ class Tokenizer:
     Control tokens count in the template, in a source or a target they are text: nobody's data can end a row early.
     """
 
-    def __init__(self, vocab_size, controls, bos, eos):
-        """controls: {text: id} of the control tokens; bos: id that starts every prompt, or None; eos: ends a target."""
+    def __init__(self, vocab_size, controls, bos, eos, chat_template=""):
+        """controls: {text: id} of the control tokens; bos: id that starts every prompt, or None; eos: ends a target.
+
+        chat_template: the folder's Jinja template, which is looked at and never run.
+        """
+        self.chat_template = chat_template
         self.vocab_size = vocab_size
         self.controls = controls
         self.bos = bos
@@ -177,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
         proto = self.sp.serialized_model_proto() + NO_DUMMY_PREFIX
         self.without_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.prefix_of_parts = beside.config.get("legacy") is not False  # transformers' word for it
-        super().__init__(self.sp.vocab_size(), controls, bos, eos)
+        super().__init__(self.sp.vocab_size(), controls, bos, eos, beside.template)
 
     @staticmethod
     def open(file, beside):
@@ -321,7 +325,8 @@ class JsonTokenizer(Tokenizer):
             bos = controls.get(beside.token("bos_token") or "<s>") if wanted else None
         vocabulary = self.tokenizer.get_vocab()
         self.text_size = 1 + max((i for text, i in vocabulary.items() if text not in controls), default=0)
-        super().__init__(max(vocabulary.values()) + 1, controls, bos, controls[eos])  # ids may have gaps
+        size = max(vocabulary.values()) + 1  # ids may have gaps
+        super().__init__(size, controls, bos, controls[eos], beside.template)
 
     def open(self, raw):
         """A `tokenizers.Tokenizer` for which control tokens in a text are text."""

@@ -504,15 +504,17 @@ def table(folder, rows):
 def test_rejected_outputs_are_a_class_of_the_report(fresh_run, tmp_path, capsys):
     """TRL's prompt / chosen / rejected: the reward model learns from both and reports an AUC, mle learns chosen."""
     rows = [{"prompt": f"{i} and 1?", "chosen": f"It is {i + 1}.", "rejected": f"It is {i} not."} for i in range(12)]
+    rows.append({"prompt": "0 and 1?", "chosen": "It is 1.", "rejected": "It is 1."})
     folder = table(tmp_path / "sums", rows)
     flags = ["--data", folder, "--template", "plain", "--max-steps", "2", "--eval-examples", "6"]
     assert fresh_run("reward", *flags) == 0
     said = capsys.readouterr().out
-    assert "train: 12 outputs are labelled bad: negatives" in said
+    assert "train: 13 outputs are labelled bad: negatives" in said
+    assert "train: 1 bad outputs are also a good output of the same input: left out" in said
     report = json.loads((fresh_run.folder / "reward/heldout.json").read_text())
     assert 0 <= report["rejected"]["auc"] <= 1
     assert fresh_run("mle", *flags[:-2]) == 0
-    assert "train: 12 outputs are labelled bad: left to the reward model" in capsys.readouterr().out
+    assert "train: 13 outputs are labelled bad: left to the reward model" in capsys.readouterr().out
 
 
 def test_a_task_of_labels_trains(fresh_run, tmp_path, capsys):

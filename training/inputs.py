@@ -50,6 +50,8 @@ def open_base(settings, dtype=None):
     llama = model.load(folder, settings.device, dtype, weights=not settings.dry_run)
     tokenizer = data.load_tokenizer(folder, settings.template)
     check_tokenizer(folder, tokenizer, llama.config)
+    if not settings.template:
+        warn_of_other_template(folder, tokenizer)
     llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
     llama.recompute = getattr(settings, "grad_checkpoint", False)
     llama.hash = "" if settings.dry_run else model_hash(folder)
@@ -83,6 +85,16 @@ def warn_of_short_groups(settings, config):
         )
 
 
+def warn_of_other_template(folder, tokenizer):
+    """Warn where a model with a chat template of its own gets the prompt of Llama 2 for want of a better."""
+    has_other = tokenizer.chat_template not in ("", "null") and "[INST]" not in tokenizer.chat_template
+    if has_other and tokenizer.template == data.TEMPLATES["llama2"][0]:
+        warn(
+            f"{folder}: its chat template is none that lastmile knows, the prompt is Llama 2's; write its form to a "
+            f"text file with {{source}} in it: --template FILE"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The rows
 
@@ -106,7 +118,7 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
         say(f"{split}: {bad} outputs are labelled bad: {'negatives' if rejected else 'left to the reward model'}")
     if not good:
         raise UserError(f"{settings.data}: no {split} example has a good output; add some, or correct its labels")
-    loaded = loaded if rejected else good
+    loaded = without_contradictions(loaded, split) if rejected else good
     limit = min(settings.max_input_tokens, context_left(settings, llama))
     kept, counts = data.encode(loaded, tokenizer, limit, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
@@ -123,6 +135,15 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
         return kept
     share = math.ceil(len(some) / len(good) * len(bad))
     return some + (subsample(settings, f"{split}, labelled bad", bad, share) if bad else [])
+
+
+def without_contradictions(examples, split):
+    """The examples without bad outputs that are also a good output of the same input, counted aloud."""
+    truths = {(example.source, example.target) for example in examples if example.label}
+    kept = [e for e in examples if e.label or (e.source, e.target) not in truths]
+    if len(kept) < len(examples):
+        say(f"{split}: {len(examples) - len(kept)} bad outputs are also a good output of the same input: left out")
+    return kept
 
 
 def context_left(settings, llama):
