@@ -48,18 +48,18 @@ import model
 import ppo
 from beyond import reward_function
 from beyond.samples import check_missing, with_negatives
-from formats.columns import encodable, strip
 from formats.errors import UserError
 from formats.llama_folder import copy_companions
 from formats.tables import read_inputs
 from toy import chatter
-from training import validation
+from training import chat, validation
 from training.checkpoint import adapter_hash
 from training.dry_run import dry_run
 from training.files import write_json
 from training.folders import commit, require, stage_folder
 from training.inputs import (
     adapter_folder,
+    check_fits,
     column_names,
     context_left,
     generator,
@@ -458,25 +458,22 @@ def write_report(settings):
 
 
 def answer(settings, text):
-    """Print the output for one input."""
-    text = strip(text if text is not None else sys.stdin.read())
-    if not text or not encodable(text):
-        raise UserError("no text to summarize, or not UTF-8; give it as an argument or on standard input")
-    llama, tokenizer = open_base(settings)
-    adapter = load_column(settings, llama, settings.adapter)
-    if settings.dry_run:
-        return dry_run(settings, llama)
-    prompt = tokenizer.prompts([text])[0]
-    limit = context_left(settings, llama)
-    if len(prompt) > limit:
-        raise UserError(
-            f"{len(prompt)} tokens of text and template and {settings.max_new_tokens} new ones, but the model reads "
-            f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
-        )
-    rng = generator(settings, "sample", device=settings.device)
+    """Print the output for one input, or, on a terminal, for one after the other; of several adapters side by side."""
     s = settings
-    response = model.sample(llama, [prompt], adapter, s.max_new_tokens, s.temperature, rng, s.top_k, s.top_p)
-    say(tokenizer.decode(response[0]))
+    llama, tokenizer = open_base(s)
+    adapters = {name: load_column(s, llama, name) for name in s.adapter.split(",")}
+    if s.dry_run:
+        return dry_run(s, llama)
+    for source in chat.texts(text):
+        prompt = tokenizer.prompts([source])[0]
+        check_fits(s, llama, prompt)
+        for name, adapter in adapters.items():
+            if len(adapters) > 1:
+                say(f"{name}:")
+            rng = generator(s, "sample", device=s.device)
+            writer = chat.Typewriter(tokenizer)
+            model.sample(llama, [prompt], adapter, s.max_new_tokens, s.temperature, rng, s.top_k, s.top_p, show=writer)
+            writer.end()
 
 
 def predict(settings):

@@ -146,6 +146,15 @@ def without_contradictions(examples, split):
     return kept
 
 
+def check_fits(settings, llama, prompt):
+    """Raise UserError where a prompt and --max-new-tokens do not fit into the model's context."""
+    if len(prompt) > context_left(settings, llama):
+        raise UserError(
+            f"{len(prompt)} tokens of text and template and {settings.max_new_tokens} new ones, but the model reads "
+            f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
+        )
+
+
 def context_left(settings, llama):
     """How many tokens a prompt may have so that --max-new-tokens more fit into the model's context."""
     context = llama.config.max_position_embeddings

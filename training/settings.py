@@ -252,9 +252,9 @@ class Report(Tables):
 
 @dataclass(frozen=True)
 class Sample(Common):
-    """the summary of a text, given as an argument or on standard input"""
+    """the output for a text, given as an argument or on standard input; on a terminal, for one after the other"""
 
-    adapter: str = opt("policy", "adapter that answers: base, mle, policy, or a folder")
+    adapter: str = opt("policy", "adapter that answers: base, mle, policy, or a folder; sample: or several (base,mle)")
     temperature: float = opt(0.0, "0: greedy", least=0)
     top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
     top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
