@@ -460,11 +460,12 @@ def write_report(settings):
 def answer(settings, text):
     """Print the output for one input, or, on a terminal, for one after the other; of several adapters side by side."""
     s = settings
+    sources = chat.texts(text)
     llama, tokenizer = open_base(s)
     adapters = {name: load_column(s, llama, name) for name in s.adapter.split(",")}
     if s.dry_run:
         return dry_run(s, llama)
-    for source in chat.texts(text):
+    for source in sources:
         prompt = tokenizer.prompts([source])[0]
         check_fits(s, llama, prompt)
         for name, adapter in adapters.items():

@@ -10,19 +10,21 @@ NO_TEXT = "no text to answer, or not UTF-8; give it as an argument or on standar
 
 
 def texts(argument):
-    """Yield the texts to answer: the argument; or standard input; or, on a terminal, what is typed until Ctrl-D."""
+    """The texts to answer: the argument; or standard input; or, on a terminal, what is typed until Ctrl-D.
+
+    Raises UserError, before any model is loaded, where there is none.
+    """
     if argument is None and sys.stdin is not None and sys.stdin.isatty():
-        say("Type a text of one or more lines, and an empty line behind it; Ctrl-D ends.")
-        yield from typed()
-        return
+        return typed()
     text = strip(argument if argument is not None else sys.stdin.read())
     if not text or not encodable(text):
         raise UserError(NO_TEXT)
-    yield text
+    return [text]
 
 
 def typed():
     """Yield texts, each of lines up to an empty one, until the terminal ends."""
+    say("Type a text of one or more lines, and an empty line behind it; Ctrl-D ends.")
     lines = []
     while True:
         try:
