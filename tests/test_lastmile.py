@@ -138,7 +138,9 @@ def test_the_defaults_are_the_paper_s(command, expected):
 def test_the_toy_has_its_own_rates():
     """The paper's 1e-5 would teach the tiny base nothing; the toy's 3e-3 would ruin Llama. A flag beats both."""
     for flags, rate in [([], 3e-3), (["--data", "samsum"], 1e-5), (["--learning-rate", "0.5"], 0.5)]:
-        assert all(command_line.read([stage, *flags])[1].learning_rate == rate for stage in ("reward", "mle", "ppo"))
+        assert all(command_line.read([stage, *flags])[1].learning_rate == rate for stage in ("mle", "ppo"))
+    assert command_line.read(["reward"])[1].learning_rate == 2e-3
+    assert command_line.read(["reward", "--data", "samsum"])[1].learning_rate == 1e-5
     assert command_line.read(["eval"])[1].bleurt == "none"
     assert command_line.read(["eval", "--data", "xsum"])[1].test_examples == 3000  # paper, 4.2
     assert command_line.read(["ppo", "--data", "xsum"])[1].train_examples == 15000
@@ -686,7 +688,7 @@ def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, ca
     out, place = capsys.readouterr().out, fresh_run.folder
     assert f"ppo: no reward model in {place}/reward yet; training it first" in out
     settings = json.loads((place / "reward/config.json").read_text())
-    expected = dict(batch_size=14, epochs=2, learning_rate=3e-3, max_steps=2, train_examples=14, max_new_tokens=24)
+    expected = dict(batch_size=14, epochs=2, learning_rate=2e-3, max_steps=2, train_examples=14, max_new_tokens=24)
     expected |= dict(eval_examples=4, lora_r=2, seed=4, output_dir=str(place), model=f"{place}/base", stage="reward")
     assert {name: settings[name] for name in expected} == expected
     apart = ["--model", place / "base", "--output-dir", tmp_path / "apart"]
