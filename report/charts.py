@@ -12,6 +12,10 @@ from report.template import macros
 STAGES = ("pretrain", "reward", "mle", "ppo")
 CHARTS = {  # title: (keys of metrics.jsonl, what is to be seen)
     "loss": (["loss"], "of the step's batch"),
+    "val_loss": (["val_loss"], "on the validation split"),
+    "val_return": (["val_return"], "of greedy outputs to the validation inputs"),
+    "val_la-rouge1-F1": (["val_la-rouge1-F1"], "of the same outputs"),
+    "val_excess_length": (["val_excess_length"], "of the same outputs, in words"),
     "score": (["positive", "negative"], "mean over true and false tokens"),
     "return": (["return"], "reward of a whole output"),
     "reward": (["reward"], "of a token, penalty included"),

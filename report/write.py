@@ -53,13 +53,25 @@ def sections_of(settings, run):
 
 
 def logs_of(run):
-    """{stage: the lines of its metrics.jsonl}. A stage that still runs, or was stopped, shows what it has."""
+    """{stage: the lines of its metrics.jsonl, with what was validated after a step in the step's line}.
+
+    A stage that still runs, or was stopped, shows what it has.
+    """
     stages = {}
     for stage in STAGES:
         for folder in (stage, f"{stage}.partial"):
             file = run / folder / "metrics.jsonl"
             lines = read_lines(file) if file.is_file() else []
             if lines:
+                add_validations(lines, file.with_name("validation.jsonl"))
                 stages[stage] = lines
                 break
     return stages
+
+
+def add_validations(lines, file):
+    """Add the numbers of validation.jsonl to the lines of the steps after which they were measured."""
+    for found in read_lines(file) if file.is_file() else []:
+        done = found.pop("step", None)
+        if isinstance(done, int) and 0 < done <= len(lines):
+            lines[done - 1].update(found)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import data
 import eval as evaluation
+import lastmile
 import model
 import ppo
 from training import run as run_module
@@ -164,3 +165,12 @@ def test_a_validation_split_is_needed(train, tmp_path, capsys):
     before = contents(folder)
     assert train("mle", "--data", folder, "--eval-every", 2) == 2
     assert "no file for the validation split" in capsys.readouterr().err and contents(folder) == before
+
+
+def test_the_report_draws_validation(train):
+    """Each validated number has a curve beside the training ones; a stage that was not validated has none."""
+    assert train("mle", "--eval-every", 2) == 0
+    assert lastmile.main(["report", "--output-dir", str(train.folder), "--examples", "0"]) == 0
+    page = (train.folder / "report.html").read_text()
+    last = validations(train.folder / "mle")[-1]["val_loss"]
+    assert "val_loss over 7 steps" in page and f"to {last:.3g}" in page and "val_return" not in page
