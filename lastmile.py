@@ -59,11 +59,11 @@ from training.files import write_json
 from training.folders import commit, require, stage_folder
 from training.inputs import (
     adapter_folder,
-    check_fits,
     column_names,
     context_left,
     generator,
     load_column,
+    load_columns,
     load_examples,
     load_rows,
     new_adapter,
@@ -458,23 +458,33 @@ def write_report(settings):
 
 
 def answer(settings, text):
-    """Print the output for one input, or, on a terminal, for one after the other; of several adapters side by side."""
+    """Print the outputs for one input; in a terminal, where none is given, for each that is typed."""
     s = settings
-    sources = chat.texts(text)
+    text = chat.given_text(text)
     llama, tokenizer = open_base(s)
-    adapters = {name: load_column(s, llama, name) for name in s.adapter.split(",")}
+    adapters = load_columns(s, llama, s.adapter)
+    limit = context_left(s, llama)
     if s.dry_run:
         return dry_run(s, llama)
-    for source in sources:
-        prompt = tokenizer.prompts([source])[0]
-        check_fits(s, llama, prompt)
+    rngs = {name: generator(s, "sample", device=s.device) for name in adapters}
+
+    def answer_one(text):
+        prompt = tokenizer.prompts([text])[0]
+        if len(prompt) > limit:
+            raise UserError(
+                f"{len(prompt)} tokens of text and template and {s.max_new_tokens} new ones, but the model reads "
+                f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
+            )
         for name, adapter in adapters.items():
-            if len(adapters) > 1:
-                say(f"{name}:")
-            rng = generator(s, "sample", device=s.device)
-            writer = chat.Typewriter(tokenizer)
-            model.sample(llama, [prompt], adapter, s.max_new_tokens, s.temperature, rng, s.top_k, s.top_p, show=writer)
-            writer.end()
+            output = chat.Output(tokenizer.decode, label=f"{name}: " if len(adapters) > 1 else "")
+            sampling = (s.max_new_tokens, s.temperature, rngs[name], s.top_k, s.top_p)
+            model.sample(llama, [prompt], adapter, *sampling, each=output.add)
+            output.end()
+
+    if text is None:
+        chat.converse(answer_one)
+    else:
+        answer_one(text)
 
 
 def predict(settings):

@@ -359,14 +359,14 @@ def sample(
     top_k=0,
     top_p=1.0,
     uniform=None,
-    show=None,
+    each=None,
 ):
     """Continue prompts until EOS or the cap.
 
     prompts: list of lists of ids, of any lengths. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing, as PPO
     needs: it must sample from the very distribution whose probabilities it then takes.
     generator: on the model's device; without one, the global generator. uniform: (B, max_new_tokens) random numbers in
-    its place, one for each token of each row. show: called with each step's tokens, (rows,).
+    its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it.
     """
     B, device = len(prompts), llama.device
@@ -386,8 +386,8 @@ def sample(
         u = u[row]  # (rows, 1)
         token = pick(logits, temperature, top_k, top_p, u)  # (rows,)
         answers[row, i] = token
-        if show:
-            show(token)
+        if each is not None:
+            each(token)
         done |= torch.isin(token, eos)
         if done.all() or i == max_new_tokens - 1:
             break

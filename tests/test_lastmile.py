@@ -906,7 +906,7 @@ def test_sample_refuses_an_empty_text(fresh_run, monkeypatch, capsys):
     """Nothing on the command line and nothing on standard input: say so, rather than summarise the template."""
     monkeypatch.setattr("sys.stdin.read", lambda: " \n", raising=False)
     assert fresh_run("sample", "") == fresh_run("sample", "--adapter", "base") == 2
-    assert capsys.readouterr().err.count("no text to answer") == 2
+    assert capsys.readouterr().err.count("no text to summarize") == 2
 
 
 def test_a_finished_stage_is_kept(fresh_run, capsys):

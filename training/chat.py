@@ -1,63 +1,80 @@
-"""A conversation on a terminal: texts as they are typed, outputs as they are sampled."""
+"""`sample` as a conversation in a terminal: texts are typed, outputs are printed token by token.
+
+Every text is an input of its own: lastmile's models answer one input, and remember none. A text may have several lines
+and ends with an empty one. Ctrl-C ends an output, Ctrl-D the conversation.
+"""
 
 import sys
+from contextlib import suppress
 
 from formats.columns import encodable, strip
 from formats.errors import UserError
 from training.terminal import say, visible
 
-NO_TEXT = "no text to answer, or not UTF-8; give it as an argument or on standard input"
 
-
-def texts(argument):
-    """The texts to answer: the argument; or standard input; or, on a terminal, what is typed until Ctrl-D.
-
-    Raises UserError, before any model is loaded, where there is none.
-    """
-    if argument is None and sys.stdin is not None and sys.stdin.isatty():
-        return typed()
-    text = strip(argument if argument is not None else sys.stdin.read())
+def given_text(text):
+    """The text of the command line, or of a pipe or file on standard input; None where a terminal is to be asked."""
+    if text is None and sys.stdin is not None and sys.stdin.isatty():
+        return None
+    try:
+        text = strip(text if text is not None else sys.stdin.read())
+    except (AttributeError, UnicodeDecodeError):  # no standard input at all, or bytes
+        text = ""
     if not text or not encodable(text):
-        raise UserError(NO_TEXT)
-    return [text]
+        raise UserError("no text to summarize, or not UTF-8; give it as an argument or on standard input")
+    return text
 
 
-def typed():
-    """Yield texts, each of lines up to an empty one, until the terminal ends."""
-    say("Type a text of one or more lines, and an empty line behind it; Ctrl-D ends.")
-    lines = []
-    while True:
+def converse(answer):
+    """Read texts from the terminal until Ctrl-D, and call `answer` with each. What it refuses is said in one line."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  a line may then be edited, and have more than the terminal's 4096 characters
+    say("Type or paste a text, then an empty line; Ctrl-D ends.", file=sys.stderr)
+    for text in iter(read_text, None):
         try:
-            line = input("> " if not lines else "  ")
-        except (EOFError, OSError):  # Ctrl-D, or the terminal was closed
+            if not encodable(text):
+                raise UserError("not UTF-8; type it again")
+            answer(text)
+        except UserError as error:
+            say(f"lastmile.py: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
             say("")
-            return
-        except UnicodeDecodeError:
-            say("that was not UTF-8; it is left out")
-            lines = []
-            continue
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            text, lines = strip("\n".join(lines)), []
-            if encodable(text):
-                yield text
 
 
-class Typewriter:
-    """Prints an output while it is sampled: called with each token of the one row."""
+def read_text():
+    """The lines up to an empty one, as one text; None at the end of the input, or where the terminal is gone."""
+    prompt = "> " if sys.stdout.isatty() else ""  # a file of outputs stays one
+    lines = []
+    with suppress(EOFError, OSError, UnicodeDecodeError):
+        while not lines or lines[-1].strip():
+            lines.append(input(prompt))
+            if not strip(lines[0]):
+                lines.clear()
+    return strip("\n".join(lines)) or None
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
-    def __call__(self, token):
-        self.ids.append(int(token[0]))
-        self.show(self.tokenizer.decode(self.ids).rstrip("\ufffd"))  # which the next token may complete
+class Output:
+    """One output on its way to the terminal."""
+
+    def __init__(self, decode, label=""):
+        """decode: list of ids -> text. label: what comes before the text."""
+        self.decode = decode
+        self.ids = []
+        self.shown = ""  # of the text
+        print(visible(label), end="", flush=True)
+
+    def add(self, token):
+        """Print what a token, (1,), adds to the text. A part of a character waits for the rest of it."""
+        self.ids.append(token.item())
+        self.show(self.decode(self.ids).rstrip("\ufffd"))
 
     def show(self, text):
-        print(visible(text[self.shown :]), end="", flush=True)
-        self.shown = max(self.shown, len(text))
+        """Print the rest of a text."""
+        if text.startswith(self.shown):
+            print(visible(text[len(self.shown) :]), end="", flush=True)
+            self.shown = text
 
     def end(self):
-        self.show(self.tokenizer.decode(self.ids))
-        print()
+        """Print what is left, and the end of the line."""
+        self.show(self.decode(self.ids))
+        print(flush=True)

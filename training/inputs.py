@@ -146,15 +146,6 @@ def without_contradictions(examples, split):
     return kept
 
 
-def check_fits(settings, llama, prompt):
-    """Raise UserError where a prompt and --max-new-tokens do not fit into the model's context."""
-    if len(prompt) > context_left(settings, llama):
-        raise UserError(
-            f"{len(prompt)} tokens of text and template and {settings.max_new_tokens} new ones, but the model reads "
-            f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
-        )
-
-
 def context_left(settings, llama):
     """How many tokens a prompt may have so that --max-new-tokens more fit into the model's context."""
     context = llama.config.max_position_embeddings
@@ -211,13 +202,26 @@ def adapter_folder(settings, name):
     return Path(name)
 
 
-def load_column(settings, llama, name):
-    """Load the adapter of base, mle, policy or a folder. Returns the adapter argument of forward."""
+def load_column(settings, llama, name, other="other"):
+    """Load the adapter of base, mle, policy or a folder. Returns the adapter argument of forward.
+
+    other: the name that the model gives to an adapter of a folder; a module's name cannot be a path.
+    """
     if name == "base":
         return None
-    adapter = name if name in ("mle", "policy") else "other"  # a module's name cannot be a path
+    adapter = name if name in ("mle", "policy") else other
     llama.load_adapter(adapter, adapter_folder(settings, name))
     return adapter
+
+
+def load_columns(settings, llama, names):
+    """{name: adapter argument of forward} of the names or folders that --adapter lists, separated by commas."""
+    found = {}
+    for name in names.split(","):
+        if name in found:
+            raise UserError(f"--adapter {names}: {name} is named twice; remove one")
+        found[name] = load_column(settings, llama, name, f"other{len(found)}")
+    return found
 
 
 def new_adapter(settings, llama, name, stream, head=None):
