@@ -16,6 +16,7 @@ import torch
 
 import lastmile
 import model
+from training import chat
 from training.chat import Output, read_text
 
 TEXT = "Amy: Shall we go?\nBen: Yes, at six!"
