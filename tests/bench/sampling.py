@@ -50,6 +50,7 @@ def main():
     common.add_adapter(llama, "policy")
     for what, adapter in (("base", None), ("adapter", "policy")):
         theirs = transformers.LlamaForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
+        theirs.config.eos_token_id = theirs.generation_config.eos_token_id = None
         if adapter:
             with tempfile.TemporaryDirectory() as folder:
                 llama.save_adapter(adapter, folder, options.model)
