@@ -287,8 +287,14 @@ def change(file, key, value):
         file.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+SHARD = 5 * 10**9  # bytes of weights in one file, as transformers counts them; the Hub takes at most 50 GB in one
+
+
 def write(folder, config, tensors, quantization=None):
-    """Write config.json and model.safetensors with Hugging Face's names. config: the fields of model.LlamaConfig."""
+    """Write config.json and the weights with Hugging Face's names. config: the fields of model.LlamaConfig.
+
+    Weights are one model.safetensors or, above SHARD bytes, model-00001-of-00003.safetensors ... with an index.
+    """
     raw = dict(config)
     del raw["quantization"]  # as read_config returns it; the file has its own spelling
     scaling = config["rope_scaling"]
@@ -304,7 +310,38 @@ def write(folder, config, tensors, quantization=None):
         raw["quantization_config"] = quantization
     folder = Path(folder)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    file = folder / "model.safetensors"
+    shards = split(tensors, SHARD)
+    if len(shards) == 1:
+        write_tensors(folder / "model.safetensors", tensors)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(bytes_of, tensors.values()))}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def bytes_of(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+def split(tensors, limit):
+    """[{name: tensor}, ...]: the tensors in their order, as many in one as fit into `limit` bytes."""
+    shards = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + bytes_of(tensor) > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += bytes_of(tensor)
+    return shards
+
+
+def write_tensors(file, tensors):
+    """Write one safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, file, metadata={"format": "pt"})

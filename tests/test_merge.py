@@ -11,6 +11,7 @@ from test_data import train_bpe
 import data
 import lastmile
 import model
+from formats import llama_folder
 
 PROMPT = "Anna: Shall we meet at six?"
 EXTRA = {
@@ -102,3 +103,20 @@ def test_what_fp16_cannot_represent_is_an_error(base, tmp_path, capsys, name):
     merged = load_file(tmp_path / "merge" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert all(tensor.isfinite().all() for tensor in merged.values())
+
+
+def test_large_models_are_split(base, merged, tmp_path, monkeypatch):
+    """Above 5 GB, here 100 kB: shards and an index that transformers and we read as the same numbers."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(llama_folder, "SHARD", 100_000)
+    llama = model.load(merged)
+    model.save(llama, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(len(load_file(file)) == 1 or file.stat().st_size < 110_000 for file in files)
+    again = model.load(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in llama.state_dict().items())
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert torch.equal(twin["model.norm.weight"].float(), llama.model.norm.weight.float())
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in llama.state_dict().values())
