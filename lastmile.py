@@ -478,8 +478,8 @@ def answer(settings, text):
         for name, adapter in adapters.items():
             output = chat.Output(tokenizer.decode, label=f"{name}: " if len(adapters) > 1 else "")
             sampling = (s.max_new_tokens, s.temperature, rngs[name], s.top_k, s.top_p)
-            model.sample(llama, [prompt], adapter, *sampling, each=output.add)
-            output.end()
+            response = model.sample(llama, [prompt], adapter, *sampling, each=output.add)
+            output.end(response[0])
 
     if text is None:
         chat.converse(answer_one)

@@ -188,7 +188,7 @@ def test_parts_of_a_character_wait(capsys):
     for byte in encoded:
         output.add(torch.tensor([byte]))
         steps.append(capsys.readouterr().out)
-    output.end()
+    output.end(list(encoded))
     assert steps == ["base: a", "", "", "", "😀", "\\x1b", "[", "2", "J"]
     assert capsys.readouterr().out == "\n"
 

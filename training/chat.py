@@ -74,7 +74,7 @@ class Output:
             print(visible(text[len(self.shown) :]), end="", flush=True)
             self.shown = text
 
-    def end(self):
-        """Print what is left, and the end of the line."""
-        self.show(self.decode(self.ids))
+    def end(self, ids):
+        """Print what is left of the whole output, and the end of the line."""
+        self.show(self.decode(ids))
         print(flush=True)
