@@ -165,7 +165,10 @@ def quantize(settings):
         warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
         bar = progress("quantize", "block")
-        config = model.quantize(llama, calibration, group_size, settings.act_order, settings.damp, bar)
+        config = model.quantize(
+            llama, calibration, group_size, settings.act_order, settings.damp, bar,
+            settings.scale_search, settings.true_sequential,
+        )  # fmt: skip
         save_model(settings, llama, tokenizer, folder, config)
 
 
@@ -316,16 +319,18 @@ def train_ppo(settings):
                     batch = ppo.rollout(batch, sampler)
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
-                numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl)
+                policy_learns = step >= settings.value_warmup_steps
+                numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl, policy_learns)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         llama.save_adapter("policy", folder / "policy", settings.model)
         llama.save_adapter("value", folder / "value", settings.model)
 
 
-def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False):
+def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
     """The update on one batch (paper, 3.3), or --ppo-epochs of them. Returns the metrics of the last.
 
-    scorer: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward.
+    scorer: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward. policy_learns: False
+    while the value alone does, see --value-warmup-steps.
     """
     parts = batch.split(settings.micro_batch_size)
     trajectories = []  # one for each micro-batch
@@ -337,9 +342,10 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False):
                 trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl))
             policy_loss = ppo.policy_loss(logp, trajectories[i], settings.clip_range)  # equation 3
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
-            loss = policy_loss + value_loss  # no coefficient: the adapters are disjoint, each with its own clip
             if settings.entropy_coef > 0:
-                loss = loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
+                policy_loss = policy_loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
+            # No coefficient: the adapters are disjoint, each with its own clip.
+            loss = value_loss + policy_loss if policy_learns else value_loss + 0 * policy_loss
             optimizer.backward(loss, data.fraction(part.mask, batch.mask))
             passes.append((logp.detach(), value.detach(), entropy.detach()))
         grad_norm = optimizer.step(rate)

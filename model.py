@@ -557,10 +557,11 @@ def merge(llama, adapter, dtype=torch.float16):
 
 
 @torch.no_grad()
-def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, progress=iter):
+def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, progress=iter, search=False, staged=False):
     """Quantise every projection of a dense Llama to 4 bits by GPTQ, in place; embeddings, norms and head stay.
 
-    calibration: a list of lists of token ids. Returns the quantization_config that describes the result.
+    calibration: a list of lists of token ids. search: of each scale, see quant.symmetric_scale. staged: calibrate the
+    projections of a block one after the other. Returns the quantization_config that describes the result.
     """
     hidden = [llama.model.embed_tokens(torch.tensor([row], device=llama.device)) for row in calibration]  # (1, T, C)
 
@@ -568,10 +569,12 @@ def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, pro
         cos, sin = rope_table(torch.arange(x.shape[1], device=x.device), llama.config)
         return block(x, cos, sin)
 
-    quantize_blocks(llama.model.layers, hidden, run, group_size, act_order, damp, progress)
+    stages = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)) if staged else None
+    how = {"group_size": group_size, "act_order": act_order, "damp": damp, "search": search}
+    quantize_blocks(llama.model.layers, hidden, run, stages, progress, **how)
     return {
         "quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": act_order, "sym": True,
-        "damp_percent": damp, "true_sequential": False, "checkpoint_format": "gptq",
+        "damp_percent": damp, "true_sequential": staged, "checkpoint_format": "gptq",
     }  # fmt: skip
 
 

@@ -443,7 +443,7 @@ class QuantLinear(Dense, nn.Module):
 # The quantiser
 
 
-def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128):
+def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128, search=False):
     """Quantise one layer, column by column, each column's error passed on to the columns not yet done.
 
     Rounding each weight to the nearest step minimises the error of the weights. GPTQ minimises the error of the
@@ -453,7 +453,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128)
 
     weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
     -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
-    damp: share of H's mean diagonal added to it. block: columns whose corrections to the rest are applied at once;
+    damp: share of H's mean diagonal added to it. search: see `symmetric_scale`. block: columns whose corrections to the rest are applied at once;
     only the speed depends on it, unless a group is wider than a block: its scale is then set before all corrections.
     Returns (qweight, qzeros, scales, g_idx) in the v1 format, symmetric (z = 8), on the weight's device.
     """
@@ -477,7 +477,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128)
         error = torch.zeros(N, end - start, device=W.device)
         for k in range(start, end):
             if k % group_size == 0:
-                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size])
+                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size], search)
             s = scales[k // group_size]  # (N,)
             Q[:, k] = (W[:, k] / s).round().clamp(-8, 7) + 8
             error[:, k - start] = (W[:, k] - (Q[:, k] - 8) * s) / U[k, k]
@@ -497,9 +497,22 @@ def round_to_nearest(weight, group_size=128):
     return pack(Q, scales, g_idx)
 
 
-def symmetric_scale(weight):
-    """(N, group) -> (N,): the step at which -8..7 just spans the weights; rounded to fp16, as it will be stored."""
-    return (weight.abs().amax(1) / 7.5).clamp(min=1e-5).half().float()
+def symmetric_scale(weight, search=False):
+    """(N, group) -> (N,): the step at which -8..7 just spans the weights; rounded to fp16, as it will be stored.
+
+    search: or a smaller one, down to half of it, if the group's squared rounding error is smaller: a step that cuts off
+    the largest weight rounds all others more finely.
+    """
+    widest = (weight.abs().amax(1) / 7.5).clamp(min=1e-5)  # (N,)
+    best, least = widest.half().float(), None
+    for share in torch.linspace(1, 0.5, 26).tolist() if search else ():
+        scale = (widest * share).clamp(min=1e-5).half().float()
+        steps = scale[:, None]  # (N, 1)
+        error = ((weight / steps).round().clamp(-8, 7) * steps - weight).square().sum(1)  # (N,)
+        least = error if least is None else least
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def pack(Q, scales, g_idx):
@@ -509,33 +522,42 @@ def pack(Q, scales, g_idx):
     return pack_rows(Q), qzeros, scales.half(), g_idx
 
 
-def quantize_blocks(blocks, hidden, run, group_size=128, act_order=False, damp=0.01, progress=iter):
+def quantize_blocks(blocks, hidden, run, stages=None, progress=iter, **how):
     """Replace every nn.Linear inside a stack of blocks by a QuantLinear, first block first, in place.
 
     blocks: modules that follow one another. hidden: calibration inputs of the first block, a list of (1, T, C).
-    run(block, h) -> h: how a block is called. Each block is calibrated on what the quantised blocks before it put out,
-    as GPTQ prescribes. Raises UserError for a layer whose widths are not multiples of 8.
+    run(block, h) -> h: how a block is called. how: arguments of `gptq`. Each block is calibrated on what the quantised
+    blocks before it put out, as GPTQ prescribes. stages: parts of layer names, [("q_proj", "k_proj"), …]: within a
+    block, too, each stage is calibrated on what the stages before it put out; None: the block's inputs are collected
+    once. Raises UserError for a layer whose widths are not multiples of 8.
     """
     for block in progress(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        hessians = collect_hessians(linears, block, hidden, run)
-        for name, linear in linears.items():
-            N, K = linear.weight.shape
-            if N % 8 or K % 8:
-                raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
-            layer = QuantLinear(K, N, group_size, linear.bias is not None)
-            try:
-                packed = gptq(linear.weight, hessians[name], group_size, act_order, damp)
-            except torch.linalg.LinAlgError:
-                raise FloatingPointError(
-                    f"{name}: the Hessian of its inputs has no inverse; raise --damp, if the model's weights are finite"
-                ) from None
-            layer.qweight, layer.qzeros, layer.scales, layer.g_idx = packed
-            if linear.bias is not None:
-                layer.bias = linear.bias.detach()
-            parent, _, child = name.rpartition(".")
-            setattr(block.get_submodule(parent), child, layer)
+        for stage in stages or [("",)]:
+            chosen = {name: linear for name, linear in linears.items() if any(part in name for part in stage)}
+            hessians = collect_hessians(chosen, block, hidden, run)
+            for name, linear in chosen.items():
+                parent, _, child = name.rpartition(".")
+                setattr(block.get_submodule(parent), child, quantized(name, linear, hessians[name], **how))
         hidden = [run(block, h) for h in hidden]
+
+
+def quantized(name, linear, hessian, group_size=128, **how):
+    """The QuantLinear of an nn.Linear by `gptq`; name: for messages."""
+    N, K = linear.weight.shape
+    if N % 8 or K % 8:
+        raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
+    layer = QuantLinear(K, N, group_size, linear.bias is not None)
+    try:
+        packed = gptq(linear.weight, hessian, group_size, **how)
+    except torch.linalg.LinAlgError:
+        raise FloatingPointError(
+            f"{name}: the Hessian of its inputs has no inverse; raise --damp, if the model's weights are finite"
+        ) from None
+    layer.qweight, layer.qzeros, layer.scales, layer.g_idx = packed
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach()
+    return layer
 
 
 def collect_hessians(linears, block, hidden, run):

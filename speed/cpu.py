@@ -22,6 +22,14 @@ def prefer_onednn():
     return True
 
 
+def multiplies_bf16():
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX): then about twice as fast as fp32.
+
+    It asks what the CPU has and times nothing: a run that is resumed must decide as before.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @contextmanager
 def few_rows(rows):
     """Up to 64 rows, products in here by MKL: over small matrices oneDNN (see model.py) starts longer than it works."""

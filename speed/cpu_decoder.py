@@ -1,11 +1,16 @@
 """Decoding on a CPU: a step as a short list of products, over weights that are prepared once for a model.sample.
 
 With seven rows, `model.decode` spends more time between its products than a small model's weights take to read, and the
-products read them at a third of the memory's speed. So the adapter is folded into the weights (B A is added to W), q, k
-and v become one matrix, gate and up another, and large matrices are laid out as oneDNN multiplies few rows fastest. All
-of it is fp32. Without this, model.sample calls model.decode: the same logits to rounding.
+products read them at a third of the memory's speed. So q, k and v become one matrix, gate and up another, and large
+matrices are laid out as oneDNN multiplies few rows fastest. Without this, model.sample calls model.decode: the same
+logits to rounding.
 
-Dimensions: B rows, C width, H query heads, J key/value heads, D head size, F width of the MLP, S columns of the cache.
+Where the base is bf16 and the CPU multiplies bf16, the weights are kept in bf16, half as much to read, and an adapter is
+two more products: bf16 has 8 bits, and W + B A would lose what is small in B A. Otherwise they are fp32, the adapter
+folded in. All between the products is fp32.
+
+Dimensions: B rows, C width, H query heads, J key/value heads, D head size, F width of the MLP, S columns of the cache,
+K inputs and N outputs of a product, R ranks of the adapters of its layers.
 """
 
 from dataclasses import dataclass
@@ -13,24 +18,34 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from speed.cpu import multiplies_bf16
+
 LARGEST = 2 << 30  # bytes of prepared weights; a larger model has no memory to spare for a second copy
 LARGE = 1 << 18  # numbers in a matrix from which oneDNN's own layout pays
 
 
 class Product:
-    """x (B, K) -> x W^T (B, N), for a weight (N, K)."""
+    """x (B, K) -> x W^T (B, N) or, with an adapter (A (R, K), B (N, R)), x W^T + (x A^T) B^T, for a weight (N, K)."""
 
-    def __init__(self, weight, rows):
+    def __init__(self, weight, rows, adapter=None):
         self.packed = self.columns = None
+        self.dtype = weight.dtype
+        self.adapter = adapter and (adapter[0].T.contiguous(), adapter[1].T.contiguous())
         if weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         else:
             self.columns = weight.T.contiguous()  # (K, N)
 
     def __call__(self, x):
+        x = x.to(self.dtype)
         if self.packed is None:
-            return x @ self.columns
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            y = x @ self.columns
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        if self.adapter is not None:
+            A, B = self.adapter
+            y = y.addmm_(x @ A, B)
+        return y.float()
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,13 @@ def prepare(llama, adapter, rows):
     return llama.prepared[1]
 
 
+def in_bf16(llama):
+    """Whether the prepared weights are bf16."""
+    return llama.model.embed_tokens.weight.dtype == torch.bfloat16 and multiplies_bf16()
+
+
 def size(config):
-    """Bytes of the prepared weights."""
+    """Bytes of the prepared weights in fp32."""
     C, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     return 4 * (config.num_hidden_layers * (heads * D * C + 3 * C * inner) + config.vocab_size * C)
@@ -70,17 +90,39 @@ def size(config):
 
 def layers_of(llama, adapter, rows):
     """[Layer] of all blocks."""
-    found = []
+    found, bf16 = [], in_bf16(llama)
     for block in llama.model.layers:
         attention, mlp = block.self_attn, block.mlp
         groups = (
             (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
             (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,),
         )  # fmt: skip
-        qkv, o, gate_up, down = [Product(merged(group, adapter), rows) for group in groups]
+        qkv, o, gate_up, down = [product(group, adapter, rows, bf16) for group in groups]
         norms = block.input_layernorm.weight.float(), block.post_attention_layernorm.weight.float()
         found.append(Layer(norms[0], qkv, o, norms[1], gate_up, down))
     return found
+
+
+def product(layers, adapter, rows, bf16):
+    """One Product of the layers with one input, their outputs side by side."""
+    if bf16:
+        return Product(merged(layers, None).bfloat16(), rows, side_by_side(layers, adapter))
+    return Product(merged(layers, adapter), rows)
+
+
+def side_by_side(layers, adapter):
+    """The adapter of several layers as one, (A (R, K), B (N, R)) in bf16, B block by block; None where none has it."""
+    with_it = [layer for layer in layers if adapter in layer.lora_A]
+    if not with_it:
+        return None
+    A = torch.cat([layer.lora_A[adapter] for layer in with_it])
+    blocks = []
+    for layer in layers:
+        if adapter in layer.lora_A:
+            blocks.append(layer.scaling[adapter] * layer.lora_B[adapter])
+        else:
+            blocks.append(torch.zeros(layer.base.out_features, 0))
+    return A.detach().bfloat16(), torch.block_diag(*blocks).detach().bfloat16()
 
 
 def merged(layers, adapter):
@@ -95,8 +137,8 @@ def merged(layers, adapter):
 
 def head_of(llama, rows):
     """The language head."""
-    head = llama.model.embed_tokens if llama.lm_head is None else llama.lm_head
-    return Product(head.weight.float(), rows)
+    weight = (llama.model.embed_tokens if llama.lm_head is None else llama.lm_head).weight
+    return Product(weight if in_bf16(llama) else weight.float(), rows)
 
 
 def decoder(llama, adapter, cache, rope_table, rotate):

@@ -131,6 +131,10 @@ class Quantize(Common):
 
     group_size: int = opt(128, "weights that share a scale; -1: a whole column", toy=32, least=-1)
     act_order: bool = opt(False, "quantize columns of large activation first: more exact, slower to unpack")
+    scale_search: bool = opt(False, "choose each scale for the least rounding error, not to span the largest weight")
+    true_sequential: bool = opt(
+        False, "within a block, calibrate o_proj on the quantized q, k and v, and so on: more exact, slower"
+    )
     damp: float = opt(0.01, "add this share of the mean of the Hessian's diagonal to it", above=0)
     calibration_examples: int = opt(128, "training examples that calibrate", least=1)
 
@@ -214,6 +218,11 @@ class Ppo(Training):
     kl_coef: float = opt(0.0, "cost of each nat from the base policy (P 3.3: none)", least=0)
     entropy_coef: float = opt(0.0, "bonus for entropy (P 3.3: none)", least=0)
     whiten: bool = opt(False, "advantages to mean 0, variance 1 a batch (choice: off, the paper names none)")
+    value_warmup_steps: int = opt(
+        0,
+        "first steps in which the value learns and the policy stays as it is (choice: none, the paper names none)",
+        least=0,
+    )
     value_clip: float = opt(0.0, "clip the value's change to this; 0: do not (choice: off)", least=0)
     reward_clamp: float = opt(0.0, "clamp the reward model's score to +- this; 0: do not (choice: off)", least=0)
 

@@ -1,6 +1,5 @@
 """The experiment of docs/experiment.md: each row is a few stages in a folder of its own, under runs/experiment/.
 
-    python docs/experiment/prepare.py RAW data        the data, once
     python docs/experiment/run.py [ROW ...]           all rows, or those named; what is there already stays
     python docs/experiment/run.py --table             what there is so far, as tables and as results.json
 
@@ -29,19 +28,19 @@ from training import files as training_files  # noqa: E402
 from training import results  # noqa: E402
 
 RUNS = Path("runs/experiment")
-SHAPE = ("--vocab-size 8000 --hidden-size 256 --intermediate-size 704 --num-hidden-layers 4 --num-attention-heads 4 "
-         "--num-key-value-heads 4")  # fmt: skip
-BASE = f"--data data/samsum --model {RUNS}/main/base"
-TRAIN, MORE = "--train-examples 1500", "--train-examples 4000"
-REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("3e-3", "1e-2", "3e-3"))  # chosen by `tune`
-TUNED = BASE.replace("data/samsum", "data/tune")
+MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
+SHORT = "--max-input-tokens 200"
+BASE = f"--data data/samsum --model {RUNS}/main/base {SHORT} --dtype bfloat16"
+TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
+REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-4", "3e-4"))  # chosen by `tune`
 SEEDS = (1, 2, 3)
-RATES = {"reward": ("1e-3", "3e-3"), "mle": ("1e-3", "3e-3", "1e-2", "3e-2"), "ppo": ("1e-3", "3e-3", "1e-2")}
+RATES = {"mle": ("1e-4", "3e-4", "1e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("1e-4", "3e-4", "1e-3")}
 JUDGE = f"--reward {RUNS}/seed-1/reward"
+TUNE_JUDGE = f"--reward {RUNS}/tune-reward-1e-3/reward"
 
 
 def judged(adapters):
-    return f"{BASE} --bleurt none --adapters {adapters}"
+    return f"{BASE} --bleurt none --test-examples 300 --adapters {adapters}"
 
 
 def changed(flags):
@@ -50,41 +49,24 @@ def changed(flags):
 
 
 ROWS = {
-    "main": {
-        "pretrain": f"--data data/chat --no-chatter --input-column source --target-column target {SHAPE} "
-                    "--batch-size 16 --epochs 3 --learning-rate 2e-3 --warmup-steps 200 --max-new-tokens 110 "
-                    "--dtype bfloat16 --save-every 200",
-        "quantize": f"--data data/samsum --model {RUNS}/main/pretrain --group-size 32",
-    },
-    **{f"tune reward {rate}": {"reward": f"{BASE} {TRAIN} --learning-rate {rate}"} for rate in RATES["reward"]},
-    **{f"tune mle {rate}": {
-        "mle": f"{TUNED} {TRAIN} --learning-rate {rate}",
-        "eval": f"{TUNED} --bleurt none --adapters mle",
-    } for rate in RATES["mle"]},
-    **{f"tune ppo {rate}": {
-        "ppo": f"{TUNED} {TRAIN} --reward {RUNS}/tune-reward-3e-3/reward --learning-rate {rate}",
-        "eval": f"{TUNED} --bleurt none --adapters policy",
-    } for rate in RATES["ppo"]},
+    "main": {"quantize": f"--data data/samsum --model {MODEL} --max-input-tokens 250 --group-size 32 --scale-search"},
+    **{f"tune {stage} {rate}": {
+        stage: f"{BASE} {LESS} --learning-rate {rate}" + (f" {TUNE_JUDGE}" if stage == "ppo" else "")
+    } for stage, rates in RATES.items() for rate in rates},
+    "base": {"eval": judged("base")},
     **{f"seed {seed}": {
         "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
         "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
         "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
-        "eval": judged("base,mle,policy"),
+        "eval": judged("mle,policy"),
     } for seed in SEEDS},
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
-    "whiten": changed("--whiten"),
-    "truth 0": changed("--ground-truth-fraction 0"),
-    "truth 1": changed("--ground-truth-fraction 1"),
-    "lambda 1": changed("--lam 1"),
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
-    "ppo-epochs 4": changed("--ppo-epochs 4"),
-    "4000 examples": {
-        "reward": f"{BASE} {MORE} {REWARD}", "mle": f"{BASE} {MORE} {MLE}", "ppo": f"{BASE} {MORE} {PPO}",
-        "eval": judged("mle,policy"),
-    },
+    "value warm-up": changed("--value-warmup-steps 20"),
+    "KL 0.05": changed("--kl-coef 0.05"),
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
-THREADS = {"pretrain": 2}  # elsewhere 1: two rows can run side by side. The last bits depend on it
+THREADS = {}  # of a stage, elsewhere 1: two rows can run side by side. The last bits depend on it
 
 
 def folder_of(row):
