@@ -453,8 +453,9 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
 
     weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
     -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
-    damp: share of H's mean diagonal added to it. search: see `symmetric_scale`. block: columns whose corrections to the rest are applied at once;
-    only the speed depends on it, unless a group is wider than a block: its scale is then set before all corrections.
+    damp: share of H's mean diagonal added to it. search: see `symmetric_scale`.
+    block: columns whose corrections to the rest are applied at once; only the speed depends on it, unless a group is
+    wider than a block: its scale is then set before all corrections.
     Returns (qweight, qzeros, scales, g_idx) in the v1 format, symmetric (z = 8), on the weight's device.
     """
     N, K = weight.shape

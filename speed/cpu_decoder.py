@@ -5,9 +5,9 @@ products read them at a third of the memory's speed. So q, k and v become one ma
 matrices are laid out as oneDNN multiplies few rows fastest. Without this, model.sample calls model.decode: the same
 logits to rounding.
 
-Where the base is bf16 and the CPU multiplies bf16, the weights are kept in bf16, half as much to read, and an adapter is
-two more products: bf16 has 8 bits, and W + B A would lose what is small in B A. Otherwise they are fp32, the adapter
-folded in. All between the products is fp32.
+Where the base is bf16 and the CPU multiplies bf16, the weights are kept in bf16, half as much to read, and an adapter
+is two more products, in fp32: bf16 has 8 bits, and W + B A would lose what is small in B A. Otherwise all weights are
+fp32, the adapter folded in. All between the products is fp32.
 
 Dimensions: B rows, C width, H query heads, J key/value heads, D head size, F width of the MLP, S columns of the cache,
 K inputs and N outputs of a product, R ranks of the adapters of its layers.
@@ -37,15 +37,15 @@ class Product:
             self.columns = weight.T.contiguous()  # (K, N)
 
     def __call__(self, x):
-        x = x.to(self.dtype)
+        rounded = x.to(self.dtype)
         if self.packed is None:
-            y = x @ self.columns
+            y = (rounded @ self.columns).float()
         else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
-        if self.adapter is not None:
-            A, B = self.adapter
-            y = y.addmm_(x @ A, B)
-        return y.float()
+            y = torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "").float()
+        if self.adapter is None:
+            return y
+        A, B = self.adapter
+        return y.addmm_(x @ A, B)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def product(layers, adapter, rows, bf16):
 
 
 def side_by_side(layers, adapter):
-    """The adapter of several layers as one, (A (R, K), B (N, R)) in bf16, B block by block; None where none has it."""
+    """The adapter of several layers as one, (A (R, K), B (N, R)), B block by block; None where none has it."""
     with_it = [layer for layer in layers if adapter in layer.lora_A]
     if not with_it:
         return None
@@ -122,7 +122,7 @@ def side_by_side(layers, adapter):
             blocks.append(layer.scaling[adapter] * layer.lora_B[adapter])
         else:
             blocks.append(torch.zeros(layer.base.out_features, 0))
-    return A.detach().bfloat16(), torch.block_diag(*blocks).detach().bfloat16()
+    return A.detach(), torch.block_diag(*blocks).detach()
 
 
 def merged(layers, adapter):

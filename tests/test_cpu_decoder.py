@@ -87,10 +87,15 @@ def test_an_update_is_seen(run_folder, prompts):
     assert llama.prepared is not first
 
 
-def test_bf16_decodes_in_fp32(run_folder, prompts):
-    """Over a bf16 base the step is more exact than bf16's, not less: near the fp32 model's logits."""
-    llama = loaded(run_folder / "pretrain", torch.bfloat16)
-    exact = loaded(run_folder / "pretrain")
+@pytest.mark.parametrize("base", ["pretrain", "base"], ids=["dense", "4-bit"])
+@pytest.mark.parametrize("hardware", [False, True], ids=["fp32", "bf16"])
+def test_a_bf16_base_is_decoded_no_less_exactly_than_by_decode(run_folder, prompts, monkeypatch, base, hardware):
+    """Over a bf16 base the step is as near to the fp32 model's logits as bf16 is, with fp32 weights and, where the CPU
+    multiplies bf16, with bf16 ones.
+    """
+    monkeypatch.setattr(cpu_decoder, "multiplies_bf16", lambda: hardware)
+    llama = loaded(run_folder / base, torch.bfloat16)
+    exact = loaded(run_folder / base)
     found = {}
     with torch.inference_mode():
         for name, one in (("bf16", llama), ("fp32", exact)):
@@ -99,6 +104,24 @@ def test_bf16_decodes_in_fp32(run_folder, prompts):
             found[name] = step(torch.tensor([5, 6, 7, 8, 9]))
     assert found["bf16"].dtype == torch.float32
     assert (found["bf16"] - found["fp32"]).abs().max() < 0.05 * found["fp32"].abs().max()
+
+
+def test_a_small_adapter_is_not_rounded_away(run_folder, monkeypatch):
+    """An adapter whose changes are below a bf16 weight's last bit, as after PPO's first steps, moves a product of
+    bf16 weights by what it should: it is a product of its own, in fp32.
+    """
+    monkeypatch.setattr(cpu_decoder, "multiplies_bf16", lambda: True)
+    llama = loaded(run_folder / "pretrain", torch.bfloat16)
+    attention = llama.model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.v_proj):  # k_proj has none
+        layer.lora_B["policy"].data.mul_(1e-4)
+    x = torch.randn(5, llama.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    with_it, without = [cpu_decoder.layers_of(llama, adapter, 5)[0].qkv(x) for adapter in ("policy", None)]
+    expected = [layer.plus(torch.zeros(5, layer.base.out_features), x, "policy") for layer in
+                (attention.q_proj, attention.k_proj, attention.v_proj)]  # fmt: skip
+    expected = torch.cat(expected, 1)
+    assert torch.allclose(with_it - without, expected, atol=1e-6)
+    assert expected.abs().max() > 1e-5 and (expected[:, attention.q_proj.base.out_features :][:, :8] == 0).all()
 
 
 @pytest.mark.parametrize("reason", ["two adapters", "biases", "size"])

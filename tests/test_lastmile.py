@@ -102,6 +102,38 @@ def test_ratio_leaves_one_at_more_updates(fresh_run, reward):
     assert all(line["ratio"] != 1.0 and line["clip_fraction"] > 0 for line in journal(fresh_run.folder / "ppo"))
 
 
+def test_value_warmup_leaves_the_policy_alone(fresh_run, reward):
+    """--value-warmup-steps: in these steps the value learns, as it would beside the policy, and the policy does not
+    move by a bit; the step after them moves it.
+    """
+    flags = ["--reward", reward, "--max-steps", 3, "--overwrite", "--entropy-coef", 0.1]
+    moved = {}
+    for steps in (3, 2):
+        assert fresh_run("ppo", *SMALL, *flags, "--value-warmup-steps", steps) == 0
+        for name in ("policy", "value"):
+            tensors = load_file(fresh_run.folder / "ppo" / name / "adapter_model.safetensors")
+            moved[steps, name] = any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key)
+    assert moved == {(3, "policy"): False, (3, "value"): True, (2, "policy"): True, (2, "value"): True}
+
+
+def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
+    """--dtype auto on a CPU with bf16 products: over large bases and the Hub's, in what trains adapters or answers; a
+    small base, and what makes a base, stay fp32. The decision asks the machine and no clock: a resumed run decides so.
+    """
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    os.truncate(tmp_path / "model.safetensors", 65 << 20)
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "model.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: True)
+    choose = command_line.choose_dtype
+    assert choose("mle", "cpu", str(tmp_path)) == choose("ppo", "cpu", "OWNER/NAME") == "bfloat16"
+    assert choose("mle", "cpu", str(small)) == choose("quantize", "cpu", str(tmp_path)) == "float32"
+    assert choose("mle", "cuda", str(small)) == "bfloat16"
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: False)
+    assert choose("mle", "cpu", str(tmp_path)) == "float32"
+
+
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])
 def test_the_seed_decides(fresh_run, reward, stage):
     """Two runs of one seed agree in every byte of adapters and log, else no result could be repeated; seeds differ."""

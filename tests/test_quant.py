@@ -1,5 +1,6 @@
 """The 4-bit layout, its kernels, its backward, and the quantiser."""
 
+import copy
 import json
 import re
 from collections import OrderedDict
@@ -476,6 +477,38 @@ def test_blocks_are_calibrated_on_quantised_predecessors():
     assert torch.equal(blocks[0].proj.bias, bias)
     expected = quant.gptq(second, hessian_of(blocks[0](x)[0]), 32)
     assert torch.equal(blocks[1].proj.qweight, expected[0])
+
+
+def test_a_searched_scale_rounds_with_less_error():
+    """--scale-search: never more squared error than the scale that spans the largest weight, and less over all: cutting
+    the largest off lets the others be rounded more finely.
+    """
+    W = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+
+    def error(scale):
+        return ((W / scale[:, None]).round().clamp(-8, 7) * scale[:, None] - W).square().sum(1)  # (N,)
+
+    widest, searched = error(quant.symmetric_scale(W)), error(quant.symmetric_scale(W, search=True))
+    assert (searched <= widest).all() and searched.sum() < 0.95 * widest.sum()
+    hessian = torch.eye(64)
+    costs = [quant.output_error(W, quant.gptq(W, hessian, 64, search=search), hessian) for search in (False, True)]
+    assert costs[1] < costs[0]
+
+
+def test_true_sequential_calibrates_on_quantised_layers_of_the_block():
+    """With stages, the second layer of a block is calibrated on what the quantised first one puts out; without, on
+    what the dense first one did.
+    """
+    torch.manual_seed(0)
+    x = correlated(64, rows=128)[None]
+    dense = nn.Sequential(OrderedDict(up=nn.Linear(64, 64), down=nn.Linear(64, 64))).requires_grad_(False)
+    weight = dense.down.weight
+    for stages in (None, [("up",), ("down",)]):
+        block = copy.deepcopy(dense)
+        quant.quantize_blocks([block], [x], lambda block, h: block(h), stages, group_size=32)
+        before = block.up if stages else dense.up
+        expected = quant.gptq(weight, hessian_of(before(x)[0]), 32)
+        assert torch.equal(block.down.qweight, expected[0]), stages
 
 
 def test_widths_that_fill_no_word_are_refused():

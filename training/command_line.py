@@ -29,6 +29,7 @@ from training.terminal import Stopped, Stream, say, visible
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
+LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
 RESUME = "if training had started, add --resume to continue it"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def resolve(command, given):
     found["device"] = choose_device(s.device)
     found["dtype"] = s.dtype
     if s.dtype == "auto":
-        found["dtype"] = "bfloat16" if found["device"] == "cuda" else "float32"
+        found["dtype"] = choose_dtype(command, found["device"], found["model"])
     return replace(s, **found)
 
 
@@ -286,6 +287,24 @@ def choose_device(name):
     if name == "auto":
         return "cuda" if has_gpu else "cpu"
     return name
+
+
+def choose_dtype(command, device, model):
+    """The dtype of --dtype auto: bfloat16 on a GPU, and on a CPU that multiplies it, over bases that are worth it.
+
+    Worth it are models of the Hub and folders with more than 64 MB of weights. What makes a base (pretrain, quantize,
+    merge) stays fp32 on a CPU.
+    """
+    if device == "cuda":
+        return "bfloat16"
+    from formats.hub import HUB_ID
+    from speed.cpu import multiplies_bf16
+
+    if command in ("pretrain", "quantize", "merge") or not multiplies_bf16():
+        return "float32"
+    folder = Path(model)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return "bfloat16" if size > LARGE_BASE or not folder.exists() and HUB_ID.fullmatch(model) else "float32"
 
 
 # What the reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.

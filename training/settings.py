@@ -65,7 +65,8 @@ class Common:
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     dtype: str = opt(
         "auto",
-        "dtype of the base's activations; auto: bfloat16 on a GPU, float32 on a CPU",
+        "dtype of the base's activations; auto: bfloat16 on a GPU and, over bases of more than 64 MB, on CPUs that "
+        "multiply it; else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     overwrite: bool = opt(False, "replace the stage's folder if it already exists", result=False)
