@@ -52,7 +52,7 @@ from formats.errors import UserError
 from formats.llama_folder import copy_companions
 from formats.tables import read_inputs
 from toy import chatter
-from training import chat, validation
+from training import chat, ranks, validation
 from training.checkpoint import adapter_hash
 from training.dry_run import dry_run
 from training.files import write_json
@@ -141,13 +141,13 @@ def pretraining_rows(settings, folder):
 def pretrain_step(llama, batch, optimizer, rate, dtype, micro_batch_size=0):
     """One update of all weights on the mean cross entropy of the batch's tokens."""
     loss = 0.0
-    for part in batch.split(micro_batch_size):
+    for part in ranks.share(batch).split(micro_batch_size):
         share = data.fraction(part.mask, batch.mask)
         with torch.autocast(llama.device.type, dtype, enabled=dtype != torch.float32):
             part_loss = ppo.mle_loss(ppo.response_logp(llama, part, None), part.mask)
         optimizer.backward(part_loss, share)
         loss += part_loss.item() * share
-    return {"loss": loss, "grad_norm": optimizer.step(rate)}
+    return {"loss": ranks.total(loss), "grad_norm": optimizer.step(rate)}
 
 
 def quantize(settings):
@@ -219,13 +219,13 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
     once for all of its rows, see data.SharedPrompts.
     """
     scores = []
-    for part in batch.split(micro_batch_size):
+    for part in ranks.share(batch).split(micro_batch_size):
         score = ppo.column_scores(llama, part, shared)  # (B, T)
         loss = ppo.reward_loss(score, part, level)
         optimizer.backward(loss, part.weight.sum().item() / weight_per_batch)
         scores.append(score.detach())
     grad_norm = optimizer.step(rate)
-    score = torch.cat(scores)  # (B, T)
+    score = ranks.whole(torch.cat(scores), len(batch.rows))  # (B, T)
     scored = ppo.scored_tokens(batch.mask, level)  # (B, T)
     return {
         "loss": ppo.reward_loss(score, batch, level).item(),
@@ -279,13 +279,14 @@ def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0
     tokens_per_batch: the response tokens of an average batch, see `average_batch`.
     """
     logps = []
-    for part in batch.split(micro_batch_size):
+    for part in ranks.share(batch).split(micro_batch_size):
         logp = ppo.response_logp(llama, part, "mle")  # (B, T)
         loss = ppo.mle_loss(logp, part.mask)
         optimizer.backward(loss, part.mask.sum().item() / tokens_per_batch)
         logps.append(logp.detach())
     grad_norm = optimizer.step(rate)
-    return {"loss": ppo.mle_loss(torch.cat(logps), batch.mask).item(), "grad_norm": grad_norm}
+    logp = ranks.whole(torch.cat(logps), len(batch.rows))  # (B, T)
+    return {"loss": ppo.mle_loss(logp, batch.mask).item(), "grad_norm": grad_norm}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,10 +314,10 @@ def train_ppo(settings):
                 # 1. Act: sample from the policy, or take the ground truth as the policy's own actions
                 truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
                 if not truth:
-                    rng = generator(settings, "rollout", step, device=settings.device)
                     limit = settings.max_new_tokens
-                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, generator=rng)
-                    batch = ppo.rollout(batch, sampler)
+                    luck = torch.rand(len(batch.rows), limit, generator=generator(settings, "rollout", step))
+                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit)
+                    batch = ppo.rollout(batch, ranks.dealt(sampler, luck.to(settings.device)))
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
                 policy_learns = step >= settings.value_warmup_steps
@@ -332,7 +333,7 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
     scorer: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward. policy_learns: False
     while the value alone does, see --value-warmup-steps.
     """
-    parts = batch.split(settings.micro_batch_size)
+    parts = ranks.share(batch).split(settings.micro_batch_size)
     trajectories = []  # one for each micro-batch
     for epoch in range(settings.ppo_epochs):
         passes = []
@@ -349,8 +350,9 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
             optimizer.backward(loss, data.fraction(part.mask, batch.mask))
             passes.append((logp.detach(), value.detach(), entropy.detach()))
         grad_norm = optimizer.step(rate)
-    traj = ppo.Trajectory.cat(trajectories)
-    logp, value, entropy = [torch.cat(parts) for parts in zip(*passes, strict=True)]
+    whole = partial(ranks.whole, rows=len(batch.rows))
+    traj = ppo.Trajectory.cat(trajectories, whole)
+    logp, value, entropy = [whole(torch.cat(parts)) for parts in zip(*passes, strict=True)]
     numbers = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
     numbers["policy_loss"] = ppo.policy_loss(logp, traj, settings.clip_range).item()
     numbers["value_loss"] = ppo.value_loss(value, traj, settings.value_clip).item()
@@ -376,6 +378,7 @@ def judge(llama, batch, logp, value, scorer, settings, log_kl=False):
         kl=kl,
         kl_coef=s.kl_coef,
         whiten_advantages=s.whiten,
+        total=ranks.total,
     )
 
 
@@ -420,8 +423,11 @@ def evaluate(settings):
                 model.sample, llama, adapter=adapter, max_new_tokens=settings.max_new_tokens, temperature=0
             )
             bar = progress(f"eval {name}")
+            sampler = ranks.dealt(sampler)
             predictions[name] = evaluation.predict(rows, sampler, settings.batch_size, tokenizer.decode, bar)
             write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
+        if not ranks.first():
+            return
         references = [row.target for row in rows]
         columns = evaluation.with_cleaned(predictions)
         words = settings.rouge_tokenizer
@@ -503,16 +509,18 @@ def predict(settings):
     limit = context_left(s, llama)
     if s.dry_run:
         return dry_run(s, llama)
-    file = Predictions(s, inputs, llama, tokenizer)
-    for rows in progress("predict")(file.batches()):
+    file = Predictions(s, inputs, llama, tokenizer) if ranks.first() else None
+    for rows in progress("predict")(ranks.from_first(file and file.batches())):
         short = [i for i in rows if len(prompts[i]) <= limit]
-        luck = row_luck(s, short)
-        sampling = (s.max_new_tokens, s.temperature, None, s.top_k, s.top_p, luck)
-        responses = model.sample(llama, [prompts[i] for i in short], adapter, *sampling) if short else []
+        limits = {"max_new_tokens": s.max_new_tokens, "top_k": s.top_k, "top_p": s.top_p}
+        sampler = partial(model.sample, llama, adapter=adapter, temperature=s.temperature, **limits)
+        responses = ranks.dealt(sampler, row_luck(s, short))([prompts[i] for i in short])
         texts = [tokenizer.decode(response) for response in responses]
-        file.append(rows, dict(zip(short, texts, strict=True)))
+        if ranks.first():
+            file.append(rows, dict(zip(short, texts, strict=True)))
     long = sum(len(prompt) > limit for prompt in prompts)
-    say(f"predict: {len(inputs)} rows in {file.path}, {long} of them over {limit} tokens and without an output")
+    written = f"{len(inputs)} rows in {file.path}" if file else ""
+    say(f"predict: {written}, {long} of them over {limit} tokens and without an output")
 
 
 def merge(settings):

@@ -40,12 +40,12 @@ class Trajectory:
     kl: torch.Tensor | None = None  # log-ratio of the policy to the base, where it was computed
 
     @staticmethod
-    def cat(parts):
-        """Join the trajectories of micro-batches into that of the whole batch."""
+    def cat(parts, whole=lambda x: x):
+        """Join the trajectories of micro-batches into that of the batch. whole: to be applied to each tensor, then."""
         joined = {}
         for field in fields(Trajectory):
             columns = [getattr(part, field.name) for part in parts]
-            joined[field.name] = None if columns[0] is None else torch.cat(columns)
+            joined[field.name] = None if columns[0] is None else whole(torch.cat(columns))
         return Trajectory(**joined)
 
 
@@ -111,10 +111,14 @@ def length_penalty(batch, penalty):
     return -penalty * (late & batch.mask).float()
 
 
-def whiten(adv, mask):
-    """Advantages with mean 0 and variance 1 over the response tokens (not in the paper: --whiten)."""
-    mean = masked_mean(adv, mask)
-    variance = masked_mean((adv - mean).square(), mask)
+def whiten(adv, mask, total=lambda x: x):
+    """Advantages with mean 0 and variance 1 over the response tokens (not in the paper: --whiten).
+
+    adv, mask (B, T). total: the sum of a tensor over all parts of the batch, where these are a part of its rows.
+    """
+    tokens = total(mask.sum())
+    mean = total(torch.where(mask, adv, 0).sum()) / tokens
+    variance = total(torch.where(mask, adv - mean, 0).square().sum()) / tokens
     return torch.where(mask, (adv - mean) * torch.rsqrt(variance + 1e-8), 0)
 
 
@@ -250,12 +254,23 @@ def is_ground_truth(step, fraction):
 
 @torch.no_grad()
 def trajectory(
-    batch, logp, value, score, gamma, lam, penalty, reward_clamp=0.0, kl=None, kl_coef=0.0, whiten_advantages=False
+    batch,
+    logp,
+    value,
+    score,
+    gamma,
+    lam,
+    penalty,
+    reward_clamp=0.0,
+    kl=None,
+    kl_coef=0.0,
+    whiten_advantages=False,
+    total=lambda x: x,
 ):
     """The constants of an update, from the first pass over a batch: rewards, then equations 2 and 4.
 
     logp, value, score (B, T); reward_clamp > 0 limits the score to [-c, c]; kl (B, T): log-ratio to the base, of which
-    each token pays kl_coef. Returns a Trajectory.
+    each token pays kl_coef. total: see `whiten`. Returns a Trajectory.
     """
     logp, value = logp.detach(), value.detach()
     reward = score.clamp(-reward_clamp, reward_clamp) if reward_clamp > 0 else score
@@ -264,7 +279,7 @@ def trajectory(
         reward = reward - kl_coef * kl
     adv = gae(reward, value, batch.mask, gamma, lam)
     if whiten_advantages:
-        adv = whiten(adv, batch.mask)
+        adv = whiten(adv, batch.mask, total)
     ret = returns(reward, batch.mask, gamma)
     return Trajectory(batch.tokens, batch.mask, logp, value, reward, adv, ret, kl)
 

@@ -21,9 +21,9 @@ def exit_code(run, *arguments):
         return stop.code
 
 
-def journal(folder):
-    """metrics.jsonl as a list; NaN is refused, as it is no JSON and most readers could not open the file."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+def journal(folder, name="metrics.jsonl"):
+    """A log as a list; NaN is refused, as it is no JSON and most readers could not open the file."""
+    lines = (folder / name).read_text().splitlines()
     return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in {folder}")) for line in lines]
 
 

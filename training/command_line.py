@@ -20,12 +20,12 @@ import signal
 import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from formats.errors import UserError
 from training.settings import COMMANDS, LLAMA2, Common
-from training.terminal import Stopped, Stream, say, visible
+from training.terminal import LostRank, Stopped, Stream, say, visible
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
@@ -334,6 +334,8 @@ def diagnosis(error):
         return 128 + getattr(error, "signal", signal.SIGINT), f"stopped; {RESUME}"
     if isinstance(error, FloatingPointError):
         return 3, error
+    if isinstance(error, LostRank):
+        return None, f"another rank has ended without a word, or was silent for too long; {RESUME} ({error})"
     if isinstance(error, MemoryError) or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.I):
         return 4, (
             "out of memory; a smaller --micro-batch-size changes no result, a smaller --batch-size, "
@@ -354,6 +356,8 @@ def one_line(message):
 
 def main(functions, arguments=None):
     """Run a command. functions: {command: function of its settings}. Returns the exit code."""
+    from training import ranks
+
     finished = False  # once the outcome is settled, a signal has nothing to stop
 
     def stop(number, frame):
@@ -368,6 +372,7 @@ def main(functions, arguments=None):
                 from speed.cpu import prefer_onednn
 
                 prefer_onednn()
+            ranks.start(command, asdict(settings))
             if command == "sample":
                 functions[command](settings, text)
             else:
@@ -378,9 +383,12 @@ def main(functions, arguments=None):
             finished = True
             found = diagnosis(error)
             if found is None or os.environ.get("LASTMILE_TRACEBACK"):
+                ranks.failure(1, f"{type(error).__name__}: {error}")
                 raise
-            code, message = found
-            say(f"lastmile.py: {one_line(message)}", file=sys.stderr)
+            code, message = ranks.failure(*found)
+            if message:
+                print(f"lastmile.py: {one_line(message)}", file=sys.stderr)
             return code
         finally:
+            ranks.finish()
             signal.signal(signal.SIGTERM, before)

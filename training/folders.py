@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from formats.errors import UserError
+from training import ranks
 from training.checkpoint import checkpoints
 from training.files import clear, sync, write_json
 from training.terminal import say
@@ -27,13 +28,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def stage_folder(settings, stage):
-    """The folder that a stage writes to. Under --dry-run a temporary one, deleted at the end."""
+    """The folder that a stage writes to. Under --dry-run a temporary one, deleted at the end.
+
+    Of several ranks the first has that folder, and the others a temporary one.
+    """
     show_settings(settings, stage)
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
     final = Path(settings.output_dir) / stage
+    if not ranks.first():
+        ranks.wait()
+        if not final.with_name(f"{stage}.partial").exists():
+            raise UserError(
+                f"{final.parent}: the first rank writes to it, and this one does not see it; name a folder "
+                f"that all machines share: --output-dir"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        ranks.wait()
+        return
     partial = final.with_name(f"{stage}.partial")
     replaced = final.with_name(f"{stage}.replaced")
     new_run = not final.parent.exists()
@@ -41,6 +56,7 @@ def stage_folder(settings, stage):
     with locked(partial):
         try:
             make_room(settings, final, partial, replaced)
+            ranks.wait()
             yield partial
             write_settings(settings, stage, partial)
             for path in (*partial.rglob("*"), partial):
@@ -55,6 +71,7 @@ def stage_folder(settings, stage):
         partial.rename(final)
         sync(final.parent)
         clear(replaced, final / "checkpoints")
+    ranks.wait()
 
 
 def show_settings(settings, stage):

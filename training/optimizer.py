@@ -10,6 +10,7 @@ import math
 import torch
 
 from formats.errors import UserError
+from training import ranks
 
 
 class Optimizer:
@@ -35,10 +36,11 @@ class Optimizer:
         self.loss += loss.item() * share
 
     def step(self, learning_rate):
-        """One update. Returns the gradient norm of the first group before clipping.
+        """One update, by the gradients of all ranks. Returns the gradient norm of the first group before clipping.
 
         Raises FloatingPointError, and makes no update, where the loss or a norm is not finite.
         """
+        self.loss = ranks.sum_gradients(self.parameters, self.loss)
         norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm).item() for group in self.groups]
         loss = self.loss
         self.loss = 0.0

@@ -8,6 +8,7 @@ A batch is appended and synced as a whole. A run that was killed is continued at
 batches, and with them the last bits of its logits, are those of a run never stopped.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -57,6 +58,10 @@ class Predictions:
             write_json(beside, facts)
             sync(beside)
         self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another predict is writing it; wait for it to end") from None
         os.ftruncate(self.handle, kept)
         os.lseek(self.handle, kept, os.SEEK_SET)
 

@@ -8,6 +8,7 @@ import torch
 import data
 import eval as evaluation
 import ppo
+from training import ranks
 from training.terminal import say
 
 
@@ -42,7 +43,8 @@ def heldout_scores(settings, llama, rows):
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
         with torch.inference_mode():
-            score = ppo.column_scores(llama, batch, settings.share_prompts)  # (B, T)
+            score = ppo.column_scores(llama, ranks.share(batch), settings.share_prompts)
+        score = ranks.whole(score, len(batch.rows))  # (B, T)
         loss += ppo.reward_loss(score, batch, settings.level).item() * batch.weight.sum().item()
         scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)
         means = torch.where(scored, score, 0).sum(1) / scored.sum(1)  # (B,)

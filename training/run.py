@@ -27,6 +27,7 @@ import tqdm
 
 import data
 from formats.errors import UserError
+from training import ranks
 from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write_checkpoint
 from training.files import clear, write_json
 from training.terminal import Stopped, say
@@ -70,8 +71,10 @@ class Run:
         if settings.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
             torch.use_deterministic_algorithms(True, warn_only=True)
-        self.loggers = open_loggers(settings, stage)
-        self.first = self.restore()
+        ranks.agree(self.facts)
+        self.loggers = open_loggers(settings, stage) if ranks.first() else []
+        self.first = self.restore() if ranks.first() else 0
+        self.take_over()
 
     # Resume
 
@@ -123,6 +126,13 @@ class Run:
                 shutil.copyfile(place.parents[1] / name, self.folder / name)
         say(f"{self.stage}: resumes from {place}")
         return step
+
+    def take_over(self):
+        """Give all ranks what the first has restored."""
+        state = self.optimizer.state() if self.first and ranks.first() and ranks.world.size > 1 else None
+        self.first, self.best, state = ranks.from_first((self.first, self.best, state))
+        if state and not ranks.first():
+            self.optimizer.restore(state)
 
     # Start and end
 
@@ -205,7 +215,14 @@ class Run:
             self.step = step
             self.batch_ids = [row.id for row in batch.rows]
             if self.bar is None:
-                self.bar = tqdm.tqdm(total=steps, initial=self.first, desc=self.stage, unit="step", dynamic_ncols=True)
+                self.bar = tqdm.tqdm(
+                    total=steps,
+                    initial=self.first,
+                    desc=self.stage,
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not ranks.first(),
+                )
             yield step, learning_rate(step, steps, s.learning_rate, warmup_steps), batch
             self.bar.update()
             self.end_step(step + 1, steps)
@@ -239,9 +256,12 @@ class Run:
             self.validate_now(done)
         if 0 < self.settings.max_time * 60 < time.monotonic() - self.started:
             self.stop = self.stop or signal.SIGTERM
+        self.stop = ranks.most(self.stop)
         must = done == steps or bool(self.stop)
-        if must or done % self.settings.save_every == 0:
+        if ranks.first() and (must or done % self.settings.save_every == 0):
             self.save(done, must)
+        if must:
+            ranks.wait()  # where the first rank could not save, all end as it does
         if self.stop:
             raise Stopped(self.stop)
 

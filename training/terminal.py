@@ -17,6 +17,16 @@ class Stopped(BaseException):  # like KeyboardInterrupt: no library's `except Ex
         self.signal = number
 
 
+class LostRank(Exception):
+    """An exchange with the other ranks failed (see training/ranks.py): one has ended, or did not answer in time."""
+
+
+class Shown:
+    """Whether this process shows anything: of several ranks, the first does."""
+
+    anything = True
+
+
 class Stream:
     """Standard output or error. The work continues where nobody reads it (any more), or its disk is full."""
 
@@ -46,8 +56,9 @@ def visible(text):
 
 
 def say(text, file=None):
-    """Print a text that may contain data of unknown origin."""
-    print(visible(text), file=file)
+    """Print a text that may contain data of unknown origin; of several ranks, the first prints."""
+    if Shown.anything:
+        print(visible(text), file=file)
 
 
 def warn(text):
@@ -59,4 +70,4 @@ def progress(title, unit="batch"):
     """A progress bar around any iterable: progress("eval mle")(range(10))."""
     import tqdm
 
-    return partial(tqdm.tqdm, desc=title, unit=unit, dynamic_ncols=True)
+    return partial(tqdm.tqdm, desc=title, unit=unit, dynamic_ncols=True, disable=not Shown.anything)

@@ -14,6 +14,7 @@ import data
 import eval as evaluation
 import model
 import ppo
+from training import ranks
 from training.inputs import load_rows
 from training.reward_report import heldout_scores
 
@@ -50,7 +51,8 @@ def of_mle(settings, llama, tokenizer):
 def validate_mle(settings, llama, rows):
     total = tokens = 0
     for batch in batches(settings, rows):
-        total -= ppo.response_logp(llama, batch, "mle").sum().item()
+        logp = ranks.whole(ppo.response_logp(llama, ranks.share(batch), "mle"), len(batch.rows))  # (B, T)
+        total -= logp.sum().item()
         tokens += batch.mask.sum().item()
     return {"val_loss": total / tokens}
 
@@ -69,8 +71,8 @@ def validate_ppo(settings, llama, tokenizer, score, rows):
     total = 0.0
     texts = []
     for batch in batches(settings, rows):
-        batch = ppo.rollout(batch, sampler)
-        reward = score(batch)  # (B, T)
+        batch = ppo.rollout(batch, ranks.dealt(sampler))
+        reward = ranks.whole(score(ranks.share(batch)), len(batch.rows))  # (B, T)
         if settings.reward_clamp > 0:
             reward = reward.clamp(-settings.reward_clamp, settings.reward_clamp)
         total += (reward + ppo.length_penalty(batch, settings.length_penalty)).sum().item()

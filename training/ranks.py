@@ -1,0 +1,249 @@
+"""Several processes, one update: what the ranks of torchrun share.
+
+    torchrun --nproc-per-node 2 lastmile.py ppo --data samsum
+
+Every rank builds the same batch and passes its share of the rows. Losses are divided by what the whole batch holds, so
+gradients are summed over the ranks, in one flat all-reduce; whatever else is needed of the whole batch (log
+probabilities, advantages, outputs) is gathered, and each rank computes every number of the log from all of it. No mean
+of means is taken anywhere, and the update is that of one process but for rounding.
+
+The first rank alone locks, logs, shows and saves; the others write what a stage writes to a folder that is deleted.
+Where one rank fails, the others learn of it at their next exchange, and all end with its exit code.
+
+In one process every function here returns at once what it was given. B rows of a batch, T time.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from formats.errors import UserError
+from training.terminal import LostRank, Shown
+
+COMMANDS = ("pretrain", "reward", "mle", "ppo", "eval", "predict")  # those that share their work
+NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
+TIMEOUT = timedelta(minutes=10)  # for which a rank waits for another that is alive and silent
+FAILURE = "lastmile failure"  # the key under which the first rank to fail leaves its code and message
+
+
+class World:
+    """The state of this process: its number, how many there are, and how they reach each other."""
+
+    rank, size, store = 0, 1, None
+    idle = False  # whether this rank has no row of the current batch
+
+
+world = World()
+
+
+def first():
+    """Whether this is the rank that writes: of one process, that one."""
+    return world.rank == 0
+
+
+def number(environment=os.environ):
+    """How many processes torchrun has started. Raises UserError where only a part of its variables is there."""
+    text = environment.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE={text}: not a number of processes; start by torchrun, or unset WORLD_SIZE")
+    missing = [name for name in NEEDED if not environment.get(name)]
+    if int(text) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={text}, but {', '.join(missing)} not set; start by torchrun --nproc-per-node {text} "
+            f"lastmile.py …, or unset WORLD_SIZE"
+        )
+    return int(text)
+
+
+def start(command, settings):
+    """Meet the other ranks, if there are any, and check that all were given the same settings (a dict)."""
+    size = number()
+    if size == 1:
+        return
+    world.rank, world.size = int(os.environ["RANK"]), size
+    Shown.anything = first()
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if command not in COMMANDS:
+        raise UserError(f"{command} runs in one process; start it without torchrun")
+    on_gpu = settings["device"] == "cuda"
+    if on_gpu and here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} processes on a machine of {torch.cuda.device_count()} GPUs; use --nproc-per-node "
+            f"{torch.cuda.device_count()}, or --device cpu"
+        )
+    if on_gpu:
+        torch.cuda.set_device(local)
+    with exchange():
+        world.store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=world.store, rank=world.rank, world_size=size, timeout=TIMEOUT)
+    agree(settings)
+
+
+def finish():
+    """Take leave of the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    world.rank, world.size, world.store, world.idle = 0, 1, None, False
+    Shown.anything = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A batch, dealt and put together again
+
+
+def bounds(rows):
+    """(from, to) of this rank's share of a number of rows; the shares differ by one at most."""
+    return rows * world.rank // world.size, rows * (world.rank + 1) // world.size
+
+
+def share(batch):
+    """This rank's rows of a data.Batch, columns as they are.
+
+    A rank without any gets the first row, so that it does what the others do; what comes of it counts nothing.
+    """
+    start, end = bounds(len(batch.rows))
+    world.idle = start == end
+    if world.size == 1:
+        return batch
+    if world.idle:
+        start, end = 0, 1
+    return type(batch)(*[getattr(batch, field.name)[start:end] for field in fields(batch)])
+
+
+def whole(x, rows):
+    """The values of all ranks' shares, in the order of the batch: (share, T) -> (rows, T)."""
+    if world.size == 1:
+        return x
+    most = -(-rows // world.size)
+    mine = x.new_zeros(most, *x.shape[1:])
+    mine[: len(x)] = x[:most]
+    found = [torch.empty_like(mine) for _ in range(world.size)]
+    with exchange():
+        dist.all_gather(found, mine)
+    sizes = [rows * (r + 1) // world.size - rows * r // world.size for r in range(world.size)]
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+
+def dealt(sample, luck=None):
+    """A sampler whose prompts are dealt over the ranks: list of prompts -> list of responses, the same on every rank.
+
+    luck: (B, max_new_tokens) random numbers; a row's own decide what it draws, whoever draws it.
+    """
+
+    def sample_all(prompts):
+        start, end = bounds(len(prompts))
+        given = {} if luck is None else {"uniform": luck[start:end]}
+        responses = sample(prompts[start:end], **given) if start < end else []
+        return sum(gather(responses), [])
+
+    return sample_all
+
+
+def total(x):
+    """The sum over all ranks of a tensor, or of a number."""
+    if world.size == 1:
+        return x
+    summed = torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None) * (not world.idle)
+    with exchange():
+        dist.all_reduce(summed)
+    return summed.item() if isinstance(x, float) else summed
+
+
+def sum_gradients(parameters, loss):
+    """Sum the gradients over all ranks in place, and a number: one flat all-reduce. Returns the number's sum."""
+    if world.size == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([loss])])
+    if world.idle:
+        flat.zero_()
+    with exchange():
+        dist.all_reduce(flat)
+    parts = flat[:-1].split([g.numel() for g in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return flat[-1].item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def gather(thing):
+    """[thing of each rank]; anything that pickles."""
+    if world.size == 1:
+        return [thing]
+    found = [None] * world.size
+    with exchange():
+        dist.all_gather_object(found, thing)
+    return found
+
+
+def from_first(thing):
+    """The first rank's thing, on every rank."""
+    if world.size == 1:
+        return thing
+    found = [thing]
+    with exchange():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def most(x):
+    """The largest number of all ranks."""
+    return max(gather(x))
+
+
+def wait():
+    """Until all ranks are here."""
+    gather(None)
+
+
+def agree(facts):
+    """Raise UserError, on all ranks, unless the dict is the same on all; it names what differs."""
+    for r, other in enumerate(gather(facts)):
+        differs = [name for name in facts | other if facts.get(name) != other.get(name)]
+        if differs:
+            raise UserError(
+                f"rank {r} differs from rank {world.rank} in {', '.join(differs)}; give all ranks the same flags and "
+                f"the same files"
+            )
+
+
+@contextmanager
+def exchange():
+    """Around everything that waits for other ranks."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(str(error)) from error
+
+
+def failure(code, message):
+    """(code, message) that all ranks end with: those of the rank that failed first; no message where it is not ours.
+
+    code, message: of this rank; code None where it only lost the others.
+    """
+    if world.size == 1 or world.store is None:
+        return code, message if first() else None
+    try:
+        if code is not None:
+            world.store.compare_set(FAILURE, "", f"{code} {world.rank} {message}")
+        else:
+            world.store.wait([FAILURE], timedelta(seconds=2))
+        found = world.store.get(FAILURE).decode()
+    except (RuntimeError, dist.DistError):  # the rank that keeps the store has ended, or none left a word
+        code = 1 if code is None else code
+        return code, f"rank {world.rank}: {message}"
+    code, rank, message = found.split(" ", 2)
+    if not first():
+        return int(code), None
+    return int(code), message if rank == "0" else f"rank {rank}: {message}"
