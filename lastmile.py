@@ -208,7 +208,7 @@ def train_reward(settings):
                     settings.share_prompts,
                 )  # fmt: skip
                 run.log(step, batch, learning_rate=rate, **numbers)
-        llama.save_adapter("reward", folder, settings.model)
+        save_trained(settings, llama, tokenizer, "reward", folder)
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
 
 
@@ -270,7 +270,7 @@ def train_mle(settings):
             for step, rate, batch in run.batches():
                 numbers = mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
                 run.log(step, batch, learning_rate=rate, **numbers)
-        llama.save_adapter("mle", folder, settings.model)
+        save_trained(settings, llama, tokenizer, "mle", folder)
 
 
 def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0):
@@ -323,8 +323,8 @@ def train_ppo(settings):
                 policy_learns = step >= settings.value_warmup_steps
                 numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl, policy_learns)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
-        llama.save_adapter("policy", folder / "policy", settings.model)
-        llama.save_adapter("value", folder / "value", settings.model)
+        save_trained(settings, llama, tokenizer, "policy", folder / "policy")
+        save_trained(settings, llama, tokenizer, "value", folder / "value")
 
 
 def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
@@ -529,10 +529,21 @@ def merge(settings):
         llama, tokenizer = open_base(settings)
         llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
         llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
+        if llama.copies:
+            raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
         if settings.dry_run:
             return dry_run(settings, llama)
         model.merge(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
+
+
+def save_trained(settings, llama, tokenizer, name, folder):
+    """Write what a stage has trained: an adapter, or with --tune full a whole model."""
+    if name in llama.copies:
+        folder.mkdir(exist_ok=True)
+        save_model(settings, llama.copies[name], tokenizer, folder)
+    else:
+        llama.save_adapter(name, folder, settings.model)
 
 
 def save_model(settings, llama, tokenizer, folder, quantization=None):

@@ -257,6 +257,7 @@ class Llama(nn.Module):
         )
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
+        self.copies = {}  # adapter name -> Llama: --tune full trains all weights in place of an adapter's
         self.recompute = False
         self.prepared = None  # the weights of speed.cpu_decoder
         self.folder = None
@@ -271,6 +272,9 @@ class Llama(nn.Module):
         last_positions (B,), with the prompts: the one column of each that is asked for. The last block then skips the
         rest, and the result is (B, 1, C).
         """
+        names = [adapter] if isinstance(adapter, str) else [name for name, _ in adapter or ()]
+        if any(name in self.copies for name in names):
+            return self.forward_copies(tokens, adapter, cache, last_positions, layout)
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)  # (T,)
         if layout is not None:
@@ -289,14 +293,32 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None, layout)
         return self.model.norm(x)
 
-    def logits(self, h):
+    def forward_copies(self, tokens, adapter, cache, last_positions, layout):
+        """`forward` by whole models in place of adapters: fp32 weights, products in the base's dtype."""
+        if not isinstance(adapter, str):
+            parts = tokens.split([rows for _, rows in adapter])
+            return torch.cat([self(part, name) for part, (name, _) in zip(parts, adapter, strict=True)])
+        copy = self.copies[adapter]
+        copy.recompute = self.recompute
+        with self.precision():
+            return copy(tokens, None, cache, last_positions, layout)
+
+    def precision(self):
+        """The autocast under which fp32 weights are multiplied in the base's dtype."""
+        dtype, kind = self.model.embed_tokens.weight.dtype, self.device.type
+        return torch.autocast(kind if kind == "cuda" else "cpu", dtype, enabled=dtype != torch.float32)
+
+    def logits(self, h, adapter=None):
         """Next-token logits, fp32: (…, C) -> (…, V)."""
+        if adapter in self.copies:
+            with self.precision():
+                return self.copies[adapter].logits(h)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(h, head.weight).float()
 
     def scalar(self, h, adapter):
         """The scalar head of an adapter, fp32: (…, C) -> (…,)."""
-        return F.linear(h.float(), self.score[adapter]).squeeze(-1)
+        return F.linear(h.float(), self.copies.get(adapter, self).score[adapter]).squeeze(-1)
 
     # Adapters: lora.py knows the layers, the model knows the heads.
 
@@ -304,14 +326,31 @@ class Llama(nn.Module):
         """A new adapter. head: None, "zero" (values), or "normal", std 1/sqrt(C+1) (rewards; Huang et al. 2024)."""
         add_adapter(self, name, r, alpha, targets, generator)
         if head is not None:
-            C = self.config.hidden_size
-            weight = torch.zeros(1, C)
-            if head == "normal":
-                weight.normal_(0, (C + 1) ** -0.5, generator=generator)
-            self.score[name] = nn.Parameter(weight.to(self.device))
+            self.score[name] = self.new_head(head, generator)
+
+    def new_head(self, kind, generator):
+        C = self.config.hidden_size
+        weight = torch.zeros(1, C)
+        if kind == "normal":
+            weight.normal_(0, (C + 1) ** -0.5, generator=generator)
+        return nn.Parameter(weight.to(self.device))
+
+    def add_copy(self, name, generator, head=None):
+        """A copy of all weights under an adapter's name (--tune full), in fp32 and read from the file again: the base's
+        own may have been rounded to bf16. head: as in `add_adapter`.
+        """
+        copy = load(self.folder, self.device, torch.float32, weights=self.device.type != "meta")
+        copy.config = self.config
+        if head is not None:
+            copy.lm_head = None
+        if head is not None:
+            copy.score[name] = self.new_head(head, generator)
+        self.copies[name] = copy
 
     def adapter_parameters(self, name):
         """All trainable tensors of an adapter, its head included: a list."""
+        if name in self.copies:
+            return list(self.copies[name].parameters())
         return [*adapter_parameters(self, name).values(), *([self.score[name]] if name in self.score else [])]
 
     def save_adapter(self, name, folder, base_name):
@@ -320,8 +359,11 @@ class Llama(nn.Module):
         peft_adapter.write(self, name, folder, base_name, head, self.hash)
 
     def load_adapter(self, name, folder, head=False):
-        """Load a saved adapter, frozen. head: whether it must have a scalar head."""
-        weight = peft_adapter.read(self, name, folder, self.hash)
+        """Load a saved adapter, or the whole model of --tune full, frozen. head: whether it must have a scalar head."""
+        if llama_folder.is_model(folder):
+            weight = self.load_copy(name, folder)
+        else:
+            weight = peft_adapter.read(self, name, folder, self.hash)
         shape = (1, self.config.hidden_size)
         if head and (weight is None or weight.shape != shape):
             raise UserError(
@@ -332,7 +374,20 @@ class Llama(nn.Module):
                 f"{folder}: a {name} adapter must not have a score head; is it the adapter of another stage?"
             )
         if head:
-            self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
+            owner = self.copies.get(name, self)
+            owner.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
+
+    def load_copy(self, name, folder):
+        """Load a whole model under an adapter's name. Returns the weight of its scalar head, or None."""
+        copy, weight = load(folder, self.device, torch.float32, weights=self.device.type != "meta", with_head=True)
+        for field_name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            if getattr(copy.config, field_name) != getattr(self.config, field_name):
+                raise UserError(
+                    f"{folder}: its {field_name} is not that of the base; name the base it was trained from"
+                )
+        copy.config = self.config
+        self.copies[name] = copy
+        return weight
 
     def add_eos(self, token):
         """Let one more token id end outputs."""
@@ -369,6 +424,8 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it.
     """
+    if adapter in llama.copies:
+        llama, adapter = llama.copies[adapter], None
     B, device = len(prompts), llama.device
     eos = torch.tensor(llama.config.eos_token_id, device=device)
     cache, logits = prefill(llama, prompts, adapter, max_new_tokens)  # (B, V)
@@ -451,12 +508,13 @@ def pick(logits, temperature, top_k, top_p, u):
 # Files
 
 
-def load(folder, device="cpu", dtype=torch.float32, weights=True):
+def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=False):
     """Load a Llama from a Hugging Face folder: dense or 4-bit GPTQ, one safetensors file or shards.
 
     Every tensor that the model needs must be there, in its shape, and nothing else but what is known to be redundant.
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
     weights=False reads names, types and shapes only, from the files' headers: a model on the meta device.
+    with_head: the folder may hold a scalar head in place of the language head; returns (Llama, head (1, C) or None).
     Raises FileNotFoundError or UserError with the folder, the tensor and the remedy.
     """
     folder = Path(folder)
@@ -465,6 +523,9 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     with torch.device("meta"):
         llama = Llama(config)
         packed = use_packed_layers(llama, tensors, folder)
+    head = tensors.pop("score.weight", None) if with_head else None
+    if head is not None:
+        llama.lm_head = None
     for name in list(tensors):
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if tied or name.endswith("rotary_emb.inv_freq"):
@@ -478,7 +539,8 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True):
     llama.folder = folder
     if weights and packed:
         inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
-    return llama.to(device if weights else "meta").requires_grad_(False)
+    llama = llama.to(device if weights else "meta").requires_grad_(False)
+    return (llama, head) if with_head else llama
 
 
 def cast(tensor, dtype, where):
@@ -524,8 +586,13 @@ def declares_bias(config, name):
 
 
 def checkpoint_tensors(llama):
-    """{name in a checkpoint: tensor} of the base: adapter layers add a ".base." that files do not have."""
-    return {name.replace(".base.", "."): tensor for name, tensor in llama.state_dict().items()}
+    """{name in a checkpoint: tensor} of the base: adapter layers add a ".base." that files do not have.
+
+    The scalar head of a whole model (--tune full) has the name of a classifier's, as transformers reads it.
+    """
+    names = {name: name.replace(".base.", ".") for name in llama.state_dict()}
+    names |= {f"score.{name}": "score.weight" for name in llama.score}
+    return {names[name]: tensor for name, tensor in llama.state_dict().items()}
 
 
 def save(llama, folder, quantization=None):

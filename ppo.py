@@ -168,9 +168,9 @@ def fill(mask, flat):
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
-def response_logits(llama, h, batch):
+def response_logits(llama, h, batch, adapter):
     """The logits from which every response token was chosen, and no others: (B, T, C) -> (n, V)."""
-    return llama.logits(states_before(h, batch.mask))
+    return llama.logits(states_before(h, batch.mask), adapter)
 
 
 def token_logp(logits, batch):
@@ -180,7 +180,7 @@ def token_logp(logits, batch):
 
 def response_logp(llama, batch, adapter):
     """log pi of the response tokens under an adapter (None: the base), from one pass over the batch: (B, T)."""
-    return token_logp(response_logits(llama, llama(batch.tokens, adapter), batch), batch)
+    return token_logp(response_logits(llama, llama(batch.tokens, adapter), batch, adapter), batch)
 
 
 def token_entropy(logits, batch):
@@ -199,7 +199,7 @@ def actor_critic(llama, batch, entropy_learns=False):
     B = len(batch.tokens)
     h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
     policy_h, value_h = h.split(B)  # each (B, T, C)
-    logits = response_logits(llama, policy_h, batch)  # (n, V)
+    logits = response_logits(llama, policy_h, batch, "policy")  # (n, V)
     logp = token_logp(logits, batch)  # (B, T)
     entropy = token_entropy(logits if entropy_learns else logits.detach(), batch)  # (B, T)
     value = fill(batch.mask, llama.scalar(states_before(value_h, batch.mask), "value"))  # (B, T)

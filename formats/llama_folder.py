@@ -25,6 +25,15 @@ ROPE_SCALING = {"factor": float, "low_freq_factor": float, "high_freq_factor": f
                 "original_max_position_embeddings": int}  # fmt: skip
 
 
+def is_model(folder):
+    """Whether a folder holds a whole model and not an adapter."""
+    return (
+        (Path(folder) / "config.json").is_file()
+        and not (Path(folder) / "adapter_config.json").is_file()
+        and any(Path(folder).glob("model*.safetensors"))
+    )
+
+
 def read_config(folder):
     """The fields of model.LlamaConfig, as a dict, of a model folder.
 
@@ -298,14 +307,17 @@ def write(folder, config, tensors, quantization=None):
     raw = dict(config)
     del raw["quantization"]  # as read_config returns it; the file has its own spelling
     scaling = config["rope_scaling"]
+    has_head = "score.weight" in tensors
     raw |= {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForSequenceClassification" if has_head else "LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "eos_token_id": list(config["eos_token_id"]),
         "rope_scaling": scaling | {"rope_type": "llama3"} if scaling else None,
         "torch_dtype": str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch."),
     }
+    if has_head:
+        raw |= {"num_labels": 1, "pad_token_id": config["eos_token_id"][0]}
     if quantization:
         raw["quantization_config"] = quantization
     folder = Path(folder)

@@ -73,12 +73,15 @@ class Ranks:
 
 
 def commands(folder):
-    return [[stage, *flags.split(), "--output-dir", folder] for stage, flags in STAGES.items()]
+    found = [[stage, *flags.split(), "--output-dir", folder] for stage, flags in STAGES.items()]
+    full = f"mle {STAGES['mle']} --tune full --batch-size 6 --model {folder}/dense --output-dir {folder}/full"
+    return [*found, full.split()]
 
 
 def copy_of(run_folder, folder):
     folder.mkdir()
     (folder / "base").symlink_to(run_folder / "base")
+    (folder / "dense").symlink_to(run_folder / "pretrain")
     return folder
 
 
@@ -100,15 +103,19 @@ def together(run_folder, tmp_path_factory, request):
     return folder
 
 
-@pytest.mark.parametrize("adapter", ["reward", "mle", "ppo/policy", "ppo/value"])
+@pytest.mark.parametrize("adapter", ["reward", "mle", "ppo/policy", "ppo/value", "full/mle"])
 def test_adapters_are_those_of_one_process(alone, together, adapter):
     """After six steps, with sampled batches, whitening, KL, micro-batches and last batches smaller than the world, an
     adapter is that of one process: gradients are sums of what each rank's rows add, divided by what the batch holds.
     """
-    one, other = [load_file(folder / adapter / "adapter_model.safetensors") for folder in (alone, together)]
+    file = "model.safetensors" if adapter.startswith("full") else "adapter_model.safetensors"
+    one, other = [load_file(folder / adapter / file) for folder in (alone, together)]
     assert one.keys() == other.keys()
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-6
-    assert any(tensor.abs().max() > 3e-5 for name, tensor in one.items() if "lora_B" in name)
+    if adapter.startswith("full"):
+        start = load_file(alone / "dense" / file)
+        one = {name + "lora_B": tensor - start[name] for name, tensor in one.items()}
+    assert any(tensor.abs().max() > 3e-5 for name, tensor in one.items() if "lora_B" in name)  # they did learn
 
 
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])

@@ -96,5 +96,7 @@ def model_hash(folder):
 
 
 def adapter_hash(folder):
-    """SHA-256 of an adapter folder."""
+    """SHA-256 of an adapter folder, or of the whole model that --tune full makes in its place."""
+    if not (folder / "adapter_config.json").is_file():
+        return model_hash(folder)
     return digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")

@@ -42,6 +42,12 @@ def base_parameters(llama):
     return [p for name, p in llama.named_parameters() if "lora_" not in name and "score" not in name]
 
 
+def all_tensors(llama):
+    """Parameters and buffers, of whole copies too."""
+    models = [llama, *llama.copies.values()]
+    return [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
+
+
 def trained_parameters(llama, trained):
     """All parameters that learn."""
     learning = []
@@ -59,7 +65,7 @@ def base_memory(settings, llama, trained):
     """{what: bytes} of the model alone."""
     itemsize = getattr(torch, settings.dtype).itemsize
     packed = packed_sizes(llama)
-    memory = {"weights": sum(t.numel() * t.element_size() for t in (*llama.parameters(), *llama.buffers()))}
+    memory = {"weights": sum(t.numel() * t.element_size() for t in all_tensors(llama))}
     if packed and settings.device == "cuda":
         memory["unpacked weights"] = itemsize * 2 * max(packed)  # one scratch; gate and up are unpacked side by side
     elif packed:

@@ -42,7 +42,8 @@ def kept_bytes(llama, B, T, adapter, recompute=False, shared=False):
 
 def bytes_of_pass(llama, B, T, adapter, shared=False):
     """Bytes of the tensors that one pass saves for its backward, each storage once."""
-    constant = {t.untyped_storage()._cdata for t in (*llama.parameters(), *llama.buffers())}
+    models = (llama, *llama.copies.values())
+    constant = {t.untyped_storage()._cdata for one in models for t in (*one.parameters(), *one.buffers())}
     kept = {}  # storage -> a tensor of it
 
     def pack(tensor):

@@ -82,7 +82,7 @@ def show_settings(settings, stage):
 
 def write_settings(settings, stage, folder):
     """Write the settings beside the results. A model folder's config.json is Hugging Face's: there, settings.json."""
-    name = "settings.json" if stage in ("pretrain", "base", "merge") else "config.json"
+    name = "settings.json" if (folder / "config.json").exists() else "config.json"
     write_json(folder / name, asdict(settings) | {"stage": stage, "commit": commit()})
 
 

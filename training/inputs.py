@@ -12,6 +12,7 @@ from beyond import reward_function
 from formats.errors import UserError
 from formats.files import read_json
 from formats.hub import HUB_ID, fetch
+from formats.llama_folder import is_model
 from formats.tables import PRESETS
 from training.checkpoint import adapter_hash, model_hash
 from training.files import digest
@@ -197,7 +198,7 @@ def adapter_folder(settings, name):
     if name in stages:
         stage, folder = stages[name]
         return require(folder, f"{stage} --data {settings.data} --output-dir {run}")
-    if not (Path(name) / "adapter_config.json").is_file():
+    if not (Path(name) / "adapter_config.json").is_file() and not is_model(name):
         raise FileNotFoundError(f"{name}: no adapter; name mle, policy, or a folder with an adapter_config.json")
     return Path(name)
 
@@ -225,7 +226,13 @@ def load_columns(settings, llama, names):
 
 
 def new_adapter(settings, llama, name, stream, head=None):
-    """A fresh adapter of the stage's rank and targets."""
+    """A fresh adapter of the stage's rank and targets; with --tune full a copy of the base in its place."""
+    if settings.tune == "full":
+        if llama.config.quantization:
+            raise UserError(f"--tune full: {settings.model} is 4-bit; name an unquantized model, or use --tune lora")
+        if settings.dtype == "float16":
+            raise UserError("--tune full --dtype float16: gradients vanish without loss scaling; use bfloat16")
+        return llama.add_copy(name, generator(settings, stream), head)
     targets = settings.lora_targets.split(",")
     llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, generator(settings, stream), head)
 
@@ -239,6 +246,10 @@ def start_adapter(settings, llama, name, stream, head=None):
         new_adapter(settings, llama, name, stream, head)
         return {}
     folder = adapter_folder(settings, settings.init)
+    if is_model(folder) and settings.tune == "lora":
+        raise UserError(f"--init {settings.init}: is a whole model; add --tune full, or name an adapter")
+    if not is_model(folder) and settings.tune == "full":
+        raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
     llama.load_adapter(name, folder, head=head is not None)
     return {"init adapter": adapter_hash(folder)}
 
@@ -279,7 +290,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
 
 def reward_level(folder):
     """What the reward model of a folder scores: "token" or "sequence"."""
-    file = folder / "config.json"
+    file = folder / ("settings.json" if is_model(folder) else "config.json")
     level = read_json(file).get("level", "token") if file.is_file() else "token"
     if level not in ("token", "sequence"):
         raise UserError(f"{file}: level {level!r} is neither token nor sequence; correct the file")

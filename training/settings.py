@@ -152,6 +152,11 @@ class Training(Schedule):
         choices=("last", "best"),
         result=False,
     )
+    tune: str = opt(
+        "lora",
+        "what trains: a LoRA adapter (P 3.1), or all weights, of an unquantized base",
+        choices=("lora", "full"),
+    )
     lora_r: int = opt(32, "rank (P 3.1)", least=1)
     lora_alpha: float = opt(16.0, "the low-rank term is scaled by alpha / r (P 3.1)", above=0)
     lora_targets: str = opt(
