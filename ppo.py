@@ -168,7 +168,7 @@ def fill(mask, flat):
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
-def response_logits(llama, h, batch, adapter):
+def response_logits(llama, h, batch, adapter=None):
     """The logits from which every response token was chosen, and no others: (B, T, C) -> (n, V)."""
     return llama.logits(states_before(h, batch.mask), adapter)
 

@@ -267,7 +267,7 @@ NOT_COPIED = (
     ".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".jsonl", ".sha256",
 )  # fmt: skip
 WRITTEN_AGAIN = ("config.json", "settings.json", "quantize_config.json", "quant_config.json")
-DOCUMENTS = ("license", "licence", "notice", "readme", "use_policy", "adapter_", "consolidated", ".")
+DOCUMENTS = ("readme", "adapter_", "consolidated", ".")
 
 
 def copy_companions(source, target, eos_ids, eos_text=None):

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on 127.0.0.1: what `huggingface_hub.snapshot_download` asks for, and ways to fail.
+"""A small Hugging Face Hub on 127.0.0.1: what snapshot_download and upload_folder ask for, and ways to fail.
 
     with Hub({"models": {"owner/name": {"main": {"config.json": b"{}"}}}, "datasets": {}}) as hub:
         ...  # a process started with HF_ENDPOINT=hub.url: huggingface_hub reads its environment once, when imported
@@ -24,6 +24,7 @@ for a missing repository; this one is http, so the code must be there to end in 
 Files come from here directly, without the real Hub's redirect to its storage and without Xet.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -45,7 +46,7 @@ class Hub:
 
     def __init__(self, repos):
         self.repos, self.requests, self.tokens = repos, [], set()
-        self.private, self.gated, self.cut = set(), set(), None
+        self.private, self.gated, self.cut, self.refuses = set(), set(), None, None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -67,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests.append((self.command, self.path))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         hub.tokens |= {token} - {""}
+        if path == "/api/whoami-v2":
+            known = token == "hf_known"
+            return self.answer(200, b'{"name": "owner"}') if known else self.refuse(401, "", "Invalid credentials")
         match = INFO.fullmatch(path) or FILE.fullmatch(path)
         if not match:
             return self.refuse(404, "", f"the small Hub does not know {path}")
@@ -95,6 +99,43 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self):
+        """What an upload asks for: who sends the token, a new repository, how each file is to be sent, and the commit.
+
+        `hub.refuses` holds a status for everything but the first question, in place of an answer.
+        """
+        hub, path = self.server.hub, urlsplit(self.path).path
+        hub.requests.append((self.command, self.path))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub.tokens |= {self.headers.get("Authorization", "").removeprefix("Bearer ")} - {""}
+        if hub.refuses:
+            return self.refuse(hub.refuses, "", "not now")
+        if path == "/api/repos/create":
+            said = json.loads(body)
+            name = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
+            hub.repos["models"].setdefault(name, {"main": {}})
+            if said.get("private") or said.get("visibility") == "private":
+                hub.private.add(name)
+            return self.answer(200, json.dumps({"url": f"{hub.url}/{name}", "id": name}).encode())
+        if path == "/api/validate-yaml":
+            return self.answer(200, b'{"errors": [], "warnings": []}')
+        kind, name = re.fullmatch(r"/api/models/(.+?)/(?:(preupload|commit)/main)", path).group(2, 1)
+        if kind == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            return self.answer(200, json.dumps({"files": files}).encode())
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                hub.repos["models"][name]["main"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        oid = sha(name, "main")
+        said = {
+            "success": True,
+            "commitUrl": f"{hub.url}/{name}/commit/{oid}",
+            "commitOid": oid,
+            "pullRequestUrl": None,
+        }
+        self.answer(200, json.dumps(said).encode())
+
     def refuse(self, status, code, message, headers=()):
         headers = dict(headers) | {"X-Error-Code": code, "X-Error-Message": message}
         self.answer(status, json.dumps({"error": message}).encode(), headers)
@@ -104,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**dict(headers), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
 
     def log_message(self, *_):

@@ -15,9 +15,12 @@ import data
 import lastmile
 from training import folders
 
-WANTED = {"config.json", "quantize_config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+WANTED = {
+    "config.json", "quantize_config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+    "README.md",  # names the licence, for the cards of what is made from it
+}  # fmt: skip
 UNWANTED = {  # what repositories hold besides: pickles, other people's formats, folders with a second copy of it all
-    "README.md", "pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth", "model.gguf", "modeling.py",
+    "pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth", "model.gguf", "modeling.py",
     "original/params.json", "original/consolidated.00.pth", "onnx/model.safetensors", "onnx/config.json",
     "sub/tokenizer.model", "runs/train.json",
 }  # fmt: skip
@@ -37,6 +40,7 @@ def hub(run_folder, tmp_path, monkeypatch):
     model = {path.name: path.read_bytes() for path in (run_folder / "base").iterdir() if path.name != "template.txt"}
     model |= {"quantize_config.json": json.dumps(json.loads(model["config.json"])["quantization_config"]).encode()}
     model |= {"generation_config.json": b'{"eos_token_id": [2, 5]}'}
+    model["README.md"] = b"---\nlicense: mit\n---\n"
     assert model.keys() >= WANTED
     model = {name: model[name] for name in WANTED} | dict.fromkeys(UNWANTED, b"{}")
     split = {f"{name}.csv": sheet(ROWS) for name in ("train", "validation", "test")}

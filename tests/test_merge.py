@@ -79,9 +79,12 @@ def test_every_file_names_the_same_eos(merged):
 
 
 def test_companions_are_copied_by_rule(base, merged):
-    """A chat template in its own file, or added tokens, must not be lost; weights, code and cards are not copied."""
-    copied = {"chat_template.jinja", "added_tokens.json", "merges.txt"}
+    """A chat template in its own file, added tokens and the licence must not be lost; weights and code are not copied,
+    and the card is the merged model's own.
+    """
+    copied = {"chat_template.jinja", "added_tokens.json", "merges.txt", "LICENSE.txt", "README.md"}
     assert {name for name in EXTRA if (merged / name).exists()} == copied
+    assert (merged / "README.md").read_text() != EXTRA["README.md"]
     assert (merged / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
 
 

@@ -20,7 +20,7 @@ from training.folders import require
 from training.settings import Reward
 from training.terminal import say, warn
 
-MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt", "README.md"]
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
 
 

@@ -146,6 +146,11 @@ class Training(Schedule):
 
     eval_every: int = opt(0, "steps between validations; 0: never (P)", least=0, result=False)
     eval_examples: int = opt(200, "validation examples, a random subset", least=2, result=False)
+    push: str = opt(
+        "",
+        "OWNER/NAME: upload the result to the Hugging Face Hub, as a private model; of ppo the policy",
+        result=False,
+    )
     keep: str = opt(
         "last",
         "the adapter that is saved: of the last step (P), or of the best validation",
@@ -291,6 +296,7 @@ class Merge(Common):
 
     dtype: str = opt("float16", "dtype of the merged weights", choices=("float16", "bfloat16", "float32"))
     adapter: str = opt("policy", "adapter to merge into the base: mle, policy, or a folder")
+    push: str = opt("", "OWNER/NAME: upload the result to the Hugging Face Hub, as a private model", result=False)
 
 
 COMMANDS = {

@@ -1,0 +1,58 @@
+"""--push OWNER/NAME: a finished folder to the Hugging Face Hub, as a private model repository.
+
+What could stop it is asked before the work begins: hours of training must not end at a missing token.
+"""
+
+import re
+
+from formats.errors import UserError
+from formats.hub import HUB_ID
+from training import ranks
+from training.terminal import say, warn
+
+LEFT_OUT = ["checkpoints/*", "*.partial/*"]
+
+
+def check_push(settings):
+    """Raise UserError unless --push names a repository, and a token is there that the Hub knows."""
+    if not settings.push or settings.dry_run or not ranks.first():
+        return
+    import requests
+    from huggingface_hub import constants, get_token
+
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", settings.push):
+        raise UserError(f"--push {settings.push}: is no repository of the Hub; name one as OWNER/NAME")
+    token = get_token()
+    if not token:
+        raise UserError("--push: no token of the Hub; run .venv/bin/huggingface-cli login, or set HF_TOKEN")
+    try:
+        answer = requests.get(
+            f"{constants.ENDPOINT}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"}, timeout=10
+        )
+    except requests.RequestException as error:
+        raise UserError(f"--push: {constants.ENDPOINT} cannot be reached ({type(error).__name__}); connect, or leave "
+                        f"out --push and upload later") from None  # fmt: skip
+    if answer.status_code != 200:
+        raise UserError(f"--push: the Hub refuses the token ({answer.status_code}); make another and set HF_TOKEN")
+    if not HUB_ID.fullmatch(settings.model):
+        warn(f"--push: the base {settings.model} is a folder of this machine; who downloads an adapter needs it, too")
+
+
+def push(settings, folder):
+    """Upload a folder to --push, if there is one. Raises UserError with the command that does it later."""
+    if not settings.push or settings.dry_run or not ranks.first():
+        return
+    import requests
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(settings.push, private=True, exist_ok=True)
+        api.upload_folder(repo_id=settings.push, folder_path=folder, ignore_patterns=LEFT_OUT)
+    except (HfHubHTTPError, requests.RequestException, OSError) as error:
+        raise UserError(
+            f"{folder}: finished, but not uploaded ({type(error).__name__}); run .venv/bin/huggingface-cli upload "
+            f"{settings.push} {folder}"
+        ) from None
+    say(f"uploaded: {api.endpoint}/{settings.push}")
