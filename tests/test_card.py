@@ -52,7 +52,7 @@ def test_each_folder_has_a_card(fresh_run, reward):
     scores = json.loads((run / "eval/scores.json").read_text())
     assert re.search(rf"policy +\| +{scores['policy']['la-rouge1-F1']:.3f} ", parts(run / "merge")[1])
     held, (about, text) = json.loads((reward / "heldout.json").read_text()), parts(reward)
-    assert "reward-model" in about["tags"] and re.search(rf"mismatched \| +{held['mismatched']['auc']:.3f}", text)
+    assert "reward-model" in about["tags"] and re.search(rf"mismatched +\| +{held['mismatched']['auc']:.3f}", text)
 
 
 def test_the_licence_is_the_bases(tmp_path):
