@@ -102,8 +102,11 @@ class Frame:
 # Learning curves
 
 
-def chart(title, rows):
-    """One chart of a stage, or "" where its rows have no such numbers. title: a key of CHARTS."""
+def chart(title, rows, best=None, kept=False):
+    """One chart of a stage, or "" where its rows have no such numbers. title: a key of CHARTS.
+
+    best: min or max, where the chart's best point is to be marked; kept: whether the stage ended with its adapter.
+    """
     series = [(name, points_of(key, found)) for name, key, found in lines_of(title, rows)]
     series = [(name, points) for name, points in series if points]
     if not series:
@@ -118,8 +121,34 @@ def chart(title, rows):
         frame.draw(f"s{i}", [*line[: -1 : len(line) // 150 + 1], line[-1]])
         keys.append((name, f"s{i}", number(line[-1][1])))
         said.append(f"{name} from {number(line[0][1])} to {number(line[-1][1])}")
+    if best:
+        step, value = best(series[0][1], key=lambda point: point[1])
+        frame.draw("best", [(step, value)])
+        words = f"best, after step {step + 1}{', kept' if kept else ''}:"
+        keys.append((words, "best", number(value)))
+        said.append(f"{words} {number(value)}")
     label = f"{title} over {len(rows)} steps: {'; '.join(said)}"
     return macros().figure(title, CHARTS[title][1], keys, frame, label)
+
+
+def chart_of_runs(title, logs):
+    """One chart of several runs, a line each, or "" where none has such numbers. logs: {run: rows}."""
+    series = {}
+    for run, rows in logs.items():
+        name, key, found = lines_of(title, rows)[0]  # of PPO the sampled batches, of scores those of true tokens
+        if points := points_of(key, found):
+            series[run] = smoothed(points)
+    if not series:
+        return ""
+    frame = Frame(*limits(list(series.items())))
+    keys = []
+    said = []
+    for run, line in series.items():
+        kind = f"r{list(logs).index(run)}"
+        frame.draw(kind, [*line[: -1 : len(line) // 150 + 1], line[-1]])
+        keys.append((run, kind, number(line[-1][1])))
+        said.append(f"{run} to {number(line[-1][1])}")
+    return macros().figure(title, CHARTS[title][1], keys, frame, f"{title}: {'; '.join(said)}")
 
 
 def lines_of(title, rows):

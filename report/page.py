@@ -27,11 +27,14 @@ class Section(NamedTuple):
     body: str  # HTML
 
 
-def curves(stages):
-    """stages: {stage: lines of its metrics.jsonl as dicts}."""
+def curves(stages, best=None, kept=()):
+    """stages: {stage: lines of its metrics.jsonl as dicts}. best: {stage: (key, min or max)} of what --keep best keeps;
+    kept: the stages that did.
+    """
     shown = []
     for stage, rows in stages.items():
-        charts = [chart(title, rows) for title in CHARTS]
+        key, choose = (best or {}).get(stage, ("", None))
+        charts = [chart(title, rows, choose if title == key else None, stage in kept) for title in CHARTS]
         shown.append((stage, len(rows), charts))
     return Section("curves", "Learning curves", macros().curves(shown))
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from formats.files import read_json
+from formats.llama_folder import is_model
 from report import page
 from report.charts import STAGES
 from report.examine import examine
@@ -10,6 +12,7 @@ from training.folders import commit
 from training.inputs import subsample
 from training.results import read_lines, read_outputs, read_scores
 from training.terminal import say, visible
+from training.validation import BEST
 
 
 def write(settings):
@@ -21,10 +24,13 @@ def write(settings):
         raise FileNotFoundError(f"{run}: no stage has run there yet; run: {command}")
     if settings.dry_run:
         return
-    facts = f"{run}, reported by lastmile {commit()}"
-    content = visible(page.page(Path(settings.data).stem, facts, sections))  # parts of it come from the data
-    file = run / "report.html"
-    hidden = run / ".report.html"
+    save(run / "report.html", Path(settings.data).stem, f"{run}, reported by lastmile {commit()}", sections)
+
+
+def save(file, title, facts, sections):
+    """Write a page, whole or not at all."""
+    content = visible(page.page(title, facts, sections))  # parts of it come from the data
+    hidden = file.with_name(f".{file.name}")
     try:
         hidden.write_text(content, encoding="utf-8")
         sync(hidden)
@@ -39,7 +45,7 @@ def sections_of(settings, run):
     sections = []
     stages = logs_of(run)
     if stages:
-        sections.append(page.curves(stages))
+        sections.append(page.curves(stages, BEST, {stage for stage in stages if keeps_best(run / stage)}))
     if (run / "eval").is_dir():
         found, _ = read_scores(run / "eval")
         columns = read_outputs(run / "eval")
@@ -50,6 +56,12 @@ def sections_of(settings, run):
             rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)
             sections.append(page.gallery(*examine(settings, columns, rows)))
     return sections
+
+
+def keeps_best(folder):
+    """Whether a finished stage ended with the adapter of its best validation."""
+    file = folder / ("settings.json" if is_model(folder) else "config.json")
+    return file.is_file() and read_json(file).get("keep") == "best"
 
 
 def logs_of(run):
