@@ -43,6 +43,8 @@ def write(names):
             sections.append(Section(id, title, macros().table(marked(rows), title)))
     sections.append(Section("curves", "Learning curves", curves(stages)))
     file = list(runs.values())[0].parent / f"{'-beside-'.join(Path(name).name for name in runs)}.html"
+    if file.exists() and b"<title>lastmile:" not in file.read_bytes()[:2000]:
+        raise UserError(f"{file}: exists and is no report; move it away")
     save(file, " beside ".join(runs), f"reported by lastmile {commit()}", sections)
 
 
