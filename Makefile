@@ -40,6 +40,22 @@ sass:     ## instructions a weight of the 4-bit kernels compiled for a Hopper, a
 sass: .venv/dev
 	$(PY) tests/bench/sass.py
 
+# A real chat model on real data. MODEL: a folder in place of the Hub's. What is there stays, what was stopped goes on.
+CONFIG ?= configs/smollm2-samsum.toml
+REAL   ?= runs/smollm2-samsum
+CHAT    = $(if $(filter file default undefined,$(origin MODEL)),HuggingFaceTB/SmolLM2-135M-Instruct,$(MODEL))
+
+real:     ## SmolLM2-135M-Instruct on SAMSum: quantize, reward, mle, ppo, eval, tables, report; 2 to 3 hours on 2 cores
+real: .venv/run
+	@for stage in quantize reward mle ppo $(if $(findstring --dry-run,$(FLAGS)),,eval tables report); do \
+	  folder=$$stage; flags="$(FLAGS)"; \
+	  case $$stage in quantize) folder=base;; tables|report) folder=-; flags=;; reward|mle|ppo) flags="--resume $$flags";; esac; \
+	  test ! -d $(REAL)/$$folder || continue; \
+	  test -d $(REAL)/base || flags="--model $(CHAT) $$flags"; \
+	  echo "$(RUN) $$stage --config $(CONFIG) $$flags"; \
+	  $(RUN) $$stage --config $(CONFIG) $$flags || exit; \
+	done
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages. Each depends on the files of those before it.
 
