@@ -32,9 +32,9 @@ MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 SHORT = "--max-input-tokens 200"
 BASE = f"--data data/samsum --model {RUNS}/main/base {SHORT} --dtype bfloat16"
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
-REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-4", "3e-4"))  # chosen by `tune`
+REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3"))  # chosen by `tune`
 SEEDS = (1, 2, 3)
-RATES = {"mle": ("1e-4", "3e-4", "1e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("1e-4", "3e-4", "1e-3")}
+RATES = {"mle": ("3e-4", "1e-3", "3e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("3e-4", "1e-3", "3e-3")}
 JUDGE = f"--reward {RUNS}/seed-1/reward"
 TUNE_JUDGE = f"--reward {RUNS}/tune-reward-1e-3/reward"
 
