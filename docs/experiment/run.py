@@ -118,8 +118,9 @@ def collect():
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
             elif (folder_of("seed 1") / "eval").exists() and "tune" not in row:
+                shared = [column for column in ("mle", "policy") if column in one["scores"]]
                 one["less that of seed 1"] = {
-                    column: difference((row, column), ("seed 1", column)) for column in one["scores"]
+                    column: difference((row, column), ("seed 1", column)) for column in shared
                 }
         if len(one) > 1:
             found[row] = one
@@ -145,7 +146,7 @@ def tables(found):
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
             differences.append([f"{row}: {name}", *cells])
     seeds = [one["scores"] for row, one in found.items() if row.startswith("seed") and "scores" in one]
-    for column in COLUMNS if len(seeds) > 1 else ():
+    for column in [column for column in COLUMNS if len(seeds) > 1 and all(column in score for score in seeds)]:
         values = {m: [score[column][m] for score in seeds] for m in METRICS}
         cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in values.values()]
         scores.append([f"{len(seeds)} seeds", column, "", *cells])
