@@ -527,6 +527,8 @@ def predict(settings):
         texts = [tokenizer.decode(response) for response in responses]
         if ranks.first():
             file.append(rows, dict(zip(short, texts, strict=True)))
+    if file:
+        file.close()
     long = sum(len(prompt) > limit for prompt in prompts)
     written = f"{len(inputs)} rows in {file.path}" if file else ""
     say(f"predict: {written}, {long} of them over {limit} tokens and without an output")

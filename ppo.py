@@ -26,6 +26,10 @@ import torch.nn.functional as F
 from data import collate, share_prompts
 
 
+def unchanged(x):
+    return x
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What one PPO update learns from; all (B, T), all constants: no gradient flows into them."""
@@ -40,7 +44,7 @@ class Trajectory:
     kl: torch.Tensor | None = None  # log-ratio of the policy to the base, where it was computed
 
     @staticmethod
-    def cat(parts, whole=lambda x: x):
+    def cat(parts, whole=unchanged):
         """Join the trajectories of micro-batches into that of the batch. whole: to be applied to each tensor, then."""
         joined = {}
         for field in fields(Trajectory):
@@ -111,7 +115,7 @@ def length_penalty(batch, penalty):
     return -penalty * (late & batch.mask).float()
 
 
-def whiten(adv, mask, total=lambda x: x):
+def whiten(adv, mask, total=unchanged):
     """Advantages with mean 0 and variance 1 over the response tokens (not in the paper: --whiten).
 
     adv, mask (B, T). total: the sum of a tensor over all parts of the batch, where these are a part of its rows.
@@ -265,7 +269,7 @@ def trajectory(
     kl=None,
     kl_coef=0.0,
     whiten_advantages=False,
-    total=lambda x: x,
+    total=unchanged,
 ):
     """The constants of an update, from the first pass over a batch: rewards, then equations 2 and 4.
 

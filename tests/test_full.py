@@ -182,7 +182,7 @@ def test_bad_uses_are_one_line(dense_run, fresh_run, full_reward, reward, capsys
         (dense_run, ["reward", *SMALL, "--init", reward], "is an adapter, and --tune full needs a whole model"),
         (dense_run, ["reward", "--init", full_reward], "is a whole model; add --tune full"),
         (dense_run, ["merge", "--adapter", "mle"], "nothing to merge"),
-        (dense_run, ["mle", "--model", full_reward, "--overwrite"], "score.weight"),
+        (dense_run, ["mle", "--model", full_reward, "--overwrite"], "lm_head.weight is missing"),
     ]
     for run, command, message in cases:
         assert exit_code(lambda run=run, command=command: run(*command)) == 2

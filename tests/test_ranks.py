@@ -176,7 +176,7 @@ def test_a_signal_to_one_rank_stops_all_and_any_number_resumes(run_folder, tmp_p
     started(running, folder / "mle.partial/metrics.jsonl")
     running.processes[1].send_signal(signal.SIGTERM)
     codes, errors = running.end()
-    assert codes == [143, 143] and errors[0][-1].startswith("lastmile.py: stopped") and len(errors[1]) <= 1
+    assert codes == [143, 143] and "stopped; if training had started" in errors[0][-1] and len(errors[1]) <= 1
     (saved,) = (folder / "mle.partial/checkpoints").iterdir()
     step = int(saved.name[5:])
     assert len(journal(folder / "mle.partial")) == step

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from formats.errors import UserError
+from formats.llama_folder import is_model
 from training import ranks
 from training.checkpoint import checkpoints
 from training.files import clear, sync, write_json
@@ -82,7 +83,7 @@ def show_settings(settings, stage):
 
 def write_settings(settings, stage, folder):
     """Write the settings beside the results. A model folder's config.json is Hugging Face's: there, settings.json."""
-    name = "settings.json" if (folder / "config.json").exists() else "config.json"
+    name = "settings.json" if is_model(folder) else "config.json"
     write_json(folder / name, asdict(settings) | {"stage": stage, "commit": commit()})
 
 

@@ -82,6 +82,9 @@ class Predictions:
             content = content[os.write(self.handle, content) :]
         os.fsync(self.handle)
 
+    def close(self):
+        os.close(self.handle)
+
 
 def depends_on(settings, inputs, llama, tokenizer):
     """{name: value} of all that the outputs depend on."""
