@@ -77,7 +77,6 @@ from training.inputs import (
 )
 from training.optimizer import Optimizer
 from training.predictions import Predictions, row_luck
-from training.push import check_push, push
 from training.results import add_bleurt, read_scores, write_predictions, write_scores
 from training.reward_report import reward_report
 from training.run import Run
@@ -183,7 +182,6 @@ def train_reward(settings):
     columns = column_names("--samples", settings.samples) if settings.samples else []
     if settings.level == "sequence" and settings.hallucinations == "span":
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
-    check_push(settings)
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
         labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
@@ -213,7 +211,6 @@ def train_reward(settings):
                 run.log(step, batch, learning_rate=rate, **numbers)
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
         save_trained(settings, llama, tokenizer, "reward", folder)
-    push(settings, Path(settings.output_dir) / "reward")
 
 
 def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", micro_batch_size=0, shared=False):
@@ -261,7 +258,6 @@ def mean_or_none(x, mask):
 
 def train_mle(settings):
     """The control: maximum likelihood of the true outputs (paper, 3.4)."""
-    check_push(settings)
     with stage_folder(settings, "mle") as folder:
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
@@ -276,7 +272,6 @@ def train_mle(settings):
                 numbers = mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
                 run.log(step, batch, learning_rate=rate, **numbers)
         save_trained(settings, llama, tokenizer, "mle", folder)
-    push(settings, Path(settings.output_dir) / "mle")
 
 
 def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0):
@@ -303,7 +298,6 @@ def train_ppo(settings):
     """Policy and value against the reward model; half of the batches sampled, half ground truth (paper, 3.3)."""
     if settings.whiten and settings.micro_batch_size:
         raise UserError("--whiten needs the advantages of the whole batch at once; remove --micro-batch-size")
-    check_push(settings)
     with stage_folder(settings, "ppo") as folder:
         train_missing_reward(settings)
         llama, tokenizer = open_base(settings)
@@ -332,7 +326,6 @@ def train_ppo(settings):
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         save_trained(settings, llama, tokenizer, "policy", folder / "policy")
         save_trained(settings, llama, tokenizer, "value", folder / "value")
-    push(settings, Path(settings.output_dir) / "ppo/policy")
 
 
 def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
@@ -536,7 +529,6 @@ def predict(settings):
 
 def merge(settings):
     """Base and adapter as one dense Hugging Face folder, for tools that know no adapters and no GPTQ."""
-    check_push(settings)
     with stage_folder(settings, "merge") as folder:
         llama, tokenizer = open_base(settings)
         llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
@@ -548,7 +540,6 @@ def merge(settings):
         model.merge(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
         write_card(settings, llama.folder, folder, "merge")
-    push(settings, Path(settings.output_dir) / "merge")
 
 
 def save_trained(settings, llama, tokenizer, name, folder):

@@ -505,12 +505,12 @@ def symmetric_scale(weight, search=False):
     the largest weight rounds all others more finely.
     """
     widest = (weight.abs().amax(1) / 7.5).clamp(min=1e-5)  # (N,)
-    best, least = widest.half().float(), None
+    best = widest.half().float()
+    least = torch.full_like(best, torch.inf)  # error
     for share in torch.linspace(1, 0.5, 26).tolist() if search else ():
         scale = (widest * share).clamp(min=1e-5).half().float()
         steps = scale[:, None]  # (N, 1)
         error = ((weight / steps).round().clamp(-8, 7) * steps - weight).square().sum(1)  # (N,)
-        least = error if least is None else least
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best

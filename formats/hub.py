@@ -10,6 +10,12 @@ from formats.errors import UserError
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # owner/name, owner/name@revision
 
 
+def on_hub(name):
+    """(OWNER/NAME, revision) where a name is one of the Hub and no folder here, else None."""
+    found = None if Path(name).exists() else HUB_ID.fullmatch(name)
+    return found and (found[1], found[2] or "main")
+
+
 def fetch(repo, revision, patterns, kind):
     """The local folder of a model or data set of the Hugging Face Hub: cached, or downloaded under a progress bar.
 

@@ -85,6 +85,10 @@ class Frame:
         path = then.join(f"{self.across(x):.1f} {self.down(y):.1f}" for x, y in points)
         self.paths.append((kind, f"M{path}h0"))
 
+    def draw_line(self, kind, points):
+        """A line through at most about 150 of the points, the last among them."""
+        self.draw(kind, [*points[: -1 : len(points) // 150 + 1], points[-1]])
+
     def rows(self):
         """[(place, label)] of the horizontal grid lines."""
         return [(self.top + self.down(y), number(y, 5)) for y in ticks(*self.y)]
@@ -118,7 +122,7 @@ def chart(title, rows, best=None, kept=False):
     said = []
     for i, (name, points) in enumerate(series):
         line = smoothed(points)
-        frame.draw(f"s{i}", [*line[: -1 : len(line) // 150 + 1], line[-1]])
+        frame.draw_line(f"s{i}", line)
         keys.append((name, f"s{i}", number(line[-1][1])))
         said.append(f"{name} from {number(line[0][1])} to {number(line[-1][1])}")
     if best:
@@ -145,7 +149,7 @@ def chart_of_runs(title, logs):
     said = []
     for run, line in series.items():
         kind = f"r{list(logs).index(run)}"
-        frame.draw(kind, [*line[: -1 : len(line) // 150 + 1], line[-1]])
+        frame.draw_line(kind, line)
         keys.append((run, kind, number(line[-1][1])))
         said.append(f"{run} to {number(line[-1][1])}")
     return macros().figure(title, CHARTS[title][1], keys, frame, f"{title}: {'; '.join(said)}")

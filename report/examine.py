@@ -12,9 +12,9 @@ import torch
 import data
 import ppo
 from beyond import reward_function
-from formats.llama_folder import is_model
 from training.command_line import read_settings
 from training.dry_run import dry_run
+from training.folders import settings_file
 from training.inputs import open_base, open_reward
 from training.settings import COMMANDS
 
@@ -56,8 +56,7 @@ def examine(settings, columns, rows):
 
 def settings_of(run, command):
     """The settings that a stage of the run was made with; the defaults where the stage is not there."""
-    folder = run / command
-    file = folder / ("settings.json" if is_model(folder) else "config.json")
+    file = settings_file(run / command)
     found = read_settings(str(file), command) if file.is_file() else {}
     return COMMANDS[command](**found)
 

@@ -11,6 +11,7 @@ dashed below), for print without colours. A token has a class for each of reward
 import base64
 import bisect
 import hashlib
+import re
 from typing import NamedTuple
 
 from eval import cells
@@ -18,6 +19,7 @@ from report.charts import CHARTS, chart, histograms, number
 from report.template import environment, macros, read
 
 NUMBERS = ("reward", "value", "advantage")  # what tokens can be coloured by; the first letter is their CSS class
+MINUS = re.compile(r"^-(?=\d)")  # of a number; names have hyphens
 TITLE = ("reward", "score", "penalty", "value", "advantage", "return")  # the numbers of a token's title, in this order
 
 
@@ -52,7 +54,7 @@ def split_cells(rows):
     for row in rows:
         cells_of_row = []
         for i, text in enumerate(row):
-            ours, _, half = (text.replace("-", "−") if i else text).partition(" ±")
+            ours, _, half = (MINUS.sub("−", text) if i else text).partition(" ±")
             cells_of_row.append(("paper" if rows[0][i] == "paper" else "", ours, half))
         found.append(cells_of_row)
     return found

@@ -3,17 +3,16 @@
 python lastmile.py report runs/a runs/b
 """
 
-import re
 from pathlib import Path
 
 from eval import COLUMNS
 from formats.errors import UserError
 from formats.files import read_json
 from report.charts import CHARTS, STAGES, chart_of_runs, number
-from report.page import Section
+from report.page import Section, split_cells
 from report.template import macros
 from report.write import logs_of, save
-from training.folders import commit
+from training.folders import commit, settings_file
 from training.results import read_scores
 
 PLACES = ("pretrain", "base", "reward", "mle", "ppo", "eval")  # the folders of stages that keep their settings
@@ -40,7 +39,7 @@ def write(names):
     sections = []
     for id, (rows, title) in parts.items():
         if len(rows) > 1:
-            sections.append(Section(id, title, macros().table(marked(rows), title)))
+            sections.append(Section(id, title, macros().table(split_cells(rows), title)))
     sections.append(Section("curves", "Learning curves", curves(stages)))
     file = list(runs.values())[0].parent / f"{'-beside-'.join(Path(name).name for name in runs)}.html"
     if file.exists() and b"<title>lastmile:" not in file.read_bytes()[:2000]:
@@ -69,7 +68,7 @@ def settings_of(runs):
         found = {}
         for name, folder in runs.items():
             for part in (folder / place, folder / f"{place}.partial"):
-                file = part / ("settings.json" if (part / "settings.json").is_file() else "config.json")
+                file = settings_file(part)
                 if name not in found and file.is_file():
                     found[name] = read_json(file)
         for key in dict.fromkeys(key for settings in found.values() for key in settings):
@@ -116,15 +115,6 @@ def aucs_of(runs):
     for name, report in found.items():
         rows.append([name, *(f"{report[kind]['auc']:.3f}" if kind in report else "–" for kind in kinds)])
     return rows if found else []
-
-
-def marked(rows):
-    """Rows of text -> rows of (CSS class, text, half of its interval), as the page's tables take them."""
-    found = []
-    for row in rows:
-        cells = [text.partition(" ±") for text in row]
-        found.append([("", re.sub(r"^-(?=\d)", "−", ours), half) for ours, _, half in cells])
-    return found
 
 
 def curves(stages):

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from formats.files import read_json
-from formats.llama_folder import is_model
 from report import page
 from report.charts import STAGES
 from report.examine import examine
 from training.files import clear, sync
-from training.folders import commit
+from training.folders import commit, settings_file
 from training.inputs import subsample
 from training.results import read_lines, read_outputs, read_scores
 from training.terminal import say, visible
@@ -60,7 +59,7 @@ def sections_of(settings, run):
 
 def keeps_best(folder):
     """Whether a finished stage ended with the adapter of its best validation."""
-    file = folder / ("settings.json" if is_model(folder) else "config.json")
+    file = settings_file(folder)
     return file.is_file() and read_json(file).get("keep") == "best"
 
 

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
 
+from helpers import run_over  # noqa: E402
+
 import lastmile  # noqa: E402
 
 torch.set_num_threads(1)  # models this small only wait for a second thread
@@ -45,15 +47,7 @@ def run_folder(tmp_path_factory):
 @pytest.fixture
 def fresh_run(run_folder, tmp_path):
     """A new run's folder over the same base: a function that calls a stage in it with the given flags."""
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    (folder / "base").symlink_to(run_folder / "base")
-
-    def run(command, *flags):
-        return lastmile.main([command, "--output-dir", str(folder), *map(str, flags)])
-
-    run.folder = folder
-    return run
+    return run_over(run_folder / "base", tmp_path / "toy")
 
 
 @pytest.fixture(scope="session")

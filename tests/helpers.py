@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
+import lastmile
 import model
 import quant
 
@@ -19,6 +20,18 @@ def exit_code(run, *arguments):
         return run(*arguments)
     except SystemExit as stop:
         return stop.code
+
+
+def run_over(base, folder):
+    """A new run's folder over a base: a function that calls a stage in it with the given flags; its `folder`."""
+    folder.mkdir(parents=True)
+    (folder / "base").symlink_to(base)
+
+    def run(command, *flags):
+        return lastmile.main([command, "--output-dir", str(folder), *map(str, flags)])
+
+    run.folder = folder
+    return run
 
 
 def journal(folder, name="metrics.jsonl"):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import contents, exit_code, journal
+from helpers import contents, exit_code, journal, run_over
 from safetensors.torch import load_file
 
 import data
@@ -30,15 +30,7 @@ SMALL = [
 @pytest.fixture
 def dense_run(run_folder, tmp_path):
     """A run's folder whose base is dense: a function that calls a stage in it with the given flags."""
-    folder = tmp_path / "dense" / "toy"
-    folder.mkdir(parents=True)
-    (folder / "base").symlink_to(run_folder / "pretrain")
-
-    def run(command, *flags):
-        return lastmile.main([command, "--output-dir", str(folder), *map(str, flags)])
-
-    run.folder = folder
-    return run
+    return run_over(run_folder / "pretrain", tmp_path / "dense" / "toy")
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from eval import markdown
 from formats.files import read_json
-from formats.hub import HUB_ID
+from formats.hub import on_hub
 from formats.llama_folder import is_model
 from formats.model_card import card, license_of
 from formats.tables import PRESETS
+from training.command_line import flag
 from training.folders import commit
 from training.settings import result_settings
 
@@ -20,8 +21,8 @@ def write_card(settings, base_folder, folder, kind):
 
     A local base or data set is named by its last part: paths of this machine say nothing to others.
     """
-    hub = HUB_ID.fullmatch(settings.model) and not Path(settings.model).exists()
-    base = settings.model.split("@")[0] if hub else Path(settings.model).resolve().name
+    hub = on_hub(settings.model)
+    base = hub[0] if hub else Path(settings.model).resolve().name
     preset = PRESETS.get(settings.data)
     data = [preset.repo if preset else Path(settings.data).name]
     text = card(
@@ -35,7 +36,7 @@ def changed(settings):
     """{flag: value} of the settings that change a result and are not the defaults."""
     values = result_settings(settings)
     return {
-        f"--{f.name.replace('_', '-')}": values[f.name]
+        flag(f): values[f.name]
         for f in fields(settings)
         if f.name in values and values[f.name] != f.default and f.name not in ("device", "dtype")
     }

@@ -16,6 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from formats.errors import UserError
+from formats.llama_folder import is_model
 from training.files import clear, digest, sync
 from training.settings import result_settings
 
@@ -97,6 +98,6 @@ def model_hash(folder):
 
 def adapter_hash(folder):
     """SHA-256 of an adapter folder, or of the whole model that --tune full makes in its place."""
-    if not (folder / "adapter_config.json").is_file():
+    if is_model(folder):
         return model_hash(folder)
     return digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")

@@ -299,14 +299,13 @@ def choose_dtype(command, device, model):
     """
     if device == "cuda":
         return "bfloat16"
-    from formats.hub import HUB_ID
+    from formats.hub import on_hub
     from speed.cpu import multiplies_bf16
 
     if command in ("pretrain", "quantize", "merge") or not multiplies_bf16():
         return "float32"
-    folder = Path(model)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return "bfloat16" if size > LARGE_BASE or not folder.exists() and HUB_ID.fullmatch(model) else "float32"
+    size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    return "bfloat16" if size > LARGE_BASE or on_hub(model) else "float32"
 
 
 # What the reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.

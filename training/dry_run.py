@@ -11,7 +11,7 @@ import torch
 
 import data
 from speed import cpu_decoder
-from training.estimate import kept_bytes
+from training.estimate import all_tensors, kept_bytes
 from training.run import number_of_steps
 from training.terminal import say
 
@@ -40,12 +40,6 @@ def dry_run(settings, llama, rows=(), trained=(), has_logits=True):
 def base_parameters(llama):
     """The parameters of the base: neither adapters nor heads."""
     return [p for name, p in llama.named_parameters() if "lora_" not in name and "score" not in name]
-
-
-def all_tensors(llama):
-    """Parameters and buffers, of whole copies too."""
-    models = [llama, *llama.copies.values()]
-    return [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
 
 
 def trained_parameters(llama, trained):

@@ -26,6 +26,12 @@ class Fused(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def all_tensors(llama):
+    """Parameters and buffers, of whole copies too."""
+    models = [llama, *llama.copies.values()]
+    return [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
+
+
 def kept_bytes(llama, B, T, adapter, recompute=False, shared=False):
     """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, in addition to the parameters.
 
@@ -42,8 +48,7 @@ def kept_bytes(llama, B, T, adapter, recompute=False, shared=False):
 
 def bytes_of_pass(llama, B, T, adapter, shared=False):
     """Bytes of the tensors that one pass saves for its backward, each storage once."""
-    models = (llama, *llama.copies.values())
-    constant = {t.untyped_storage()._cdata for one in models for t in (*one.parameters(), *one.buffers())}
+    constant = {t.untyped_storage()._cdata for t in all_tensors(llama)}
     kept = {}  # storage -> a tensor of it
 
     def pack(tensor):

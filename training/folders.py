@@ -22,6 +22,7 @@ from formats.llama_folder import is_model
 from training import ranks
 from training.checkpoint import checkpoints
 from training.files import clear, sync, write_json
+from training.push import check_push, push
 from training.terminal import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def stage_folder(settings, stage):
     """The folder that a stage writes to. Under --dry-run a temporary one, deleted at the end.
 
-    Of several ranks the first has that folder, and the others a temporary one.
+    Of several ranks the first has that folder, and the others a temporary one. --push is checked before anything else,
+    and done at the end.
     """
+    check_push(settings)
     show_settings(settings, stage)
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +76,7 @@ def stage_folder(settings, stage):
         sync(final.parent)
         clear(replaced, final / "checkpoints")
     ranks.wait()
+    push(settings, final / "policy" if stage == "ppo" else final)
 
 
 def show_settings(settings, stage):
@@ -81,10 +85,14 @@ def show_settings(settings, stage):
     say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
+def settings_file(folder):
+    """Where a stage's folder keeps its settings: a model's config.json is Hugging Face's, there it is settings.json."""
+    return folder / ("settings.json" if is_model(folder) else "config.json")
+
+
 def write_settings(settings, stage, folder):
-    """Write the settings beside the results. A model folder's config.json is Hugging Face's: there, settings.json."""
-    name = "settings.json" if is_model(folder) else "config.json"
-    write_json(folder / name, asdict(settings) | {"stage": stage, "commit": commit()})
+    """Write the settings beside the results."""
+    write_json(settings_file(folder), asdict(settings) | {"stage": stage, "commit": commit()})
 
 
 def make_room(settings, final, partial, replaced):

@@ -11,12 +11,12 @@ import ppo
 from beyond import reward_function
 from formats.errors import UserError
 from formats.files import read_json
-from formats.hub import HUB_ID, fetch
+from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
 from formats.tables import PRESETS
 from training.checkpoint import adapter_hash, model_hash
 from training.files import digest
-from training.folders import require
+from training.folders import require, settings_file
 from training.settings import Reward
 from training.terminal import say, warn
 
@@ -38,10 +38,8 @@ def base_folder(settings):
     path = Path(settings.model)
     if path.parent == Path(settings.output_dir) and path.name in MAKERS:
         return require(path, f"{MAKERS[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
-    hub = HUB_ID.fullmatch(settings.model)
-    if path.exists() or not hub:
-        return path
-    return fetch(hub[1], hub[2] or "main", MODEL_FILES, "model")
+    hub = on_hub(settings.model)
+    return fetch(*hub, MODEL_FILES, "model") if hub else path
 
 
 def open_base(settings, dtype=None):
@@ -290,7 +288,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
 
 def reward_level(folder):
     """What the reward model of a folder scores: "token" or "sequence"."""
-    file = folder / ("settings.json" if is_model(folder) else "config.json")
+    file = settings_file(folder)
     level = read_json(file).get("level", "token") if file.is_file() else "token"
     if level not in ("token", "sequence"):
         raise UserError(f"{file}: level {level!r} is neither token nor sequence; correct the file")

@@ -3,24 +3,28 @@
 What could stop it is asked before the work begins: hours of training must not end at a missing token.
 """
 
-import re
-
 from formats.errors import UserError
-from formats.hub import HUB_ID
+from formats.hub import HUB_ID, on_hub
 from training import ranks
 from training.terminal import say, warn
 
 LEFT_OUT = ["checkpoints/*", "*.partial/*"]
 
 
+def wanted(settings):
+    """Whether this process is to upload anything. Commands without --push never are."""
+    return getattr(settings, "push", "") and not settings.dry_run and ranks.first()
+
+
 def check_push(settings):
     """Raise UserError unless --push names a repository, and a token is there that the Hub knows."""
-    if not settings.push or settings.dry_run or not ranks.first():
+    if not wanted(settings):
         return
     import requests
     from huggingface_hub import constants, get_token
 
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", settings.push):
+    name = HUB_ID.fullmatch(settings.push)
+    if not name or name[2]:
         raise UserError(f"--push {settings.push}: is no repository of the Hub; name one as OWNER/NAME")
     token = get_token()
     if not token:
@@ -34,13 +38,13 @@ def check_push(settings):
                         f"out --push and upload later") from None  # fmt: skip
     if answer.status_code != 200:
         raise UserError(f"--push: the Hub refuses the token ({answer.status_code}); make another and set HF_TOKEN")
-    if not HUB_ID.fullmatch(settings.model):
+    if not on_hub(settings.model):
         warn(f"--push: the base {settings.model} is a folder of this machine; who downloads an adapter needs it, too")
 
 
 def push(settings, folder):
     """Upload a folder to --push, if there is one. Raises UserError with the command that does it later."""
-    if not settings.push or settings.dry_run or not ranks.first():
+    if not wanted(settings):
         return
     import requests
     from huggingface_hub import HfApi

@@ -16,12 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-import data  # noqa: E402
 import lastmile  # noqa: E402
-import ppo  # noqa: E402
-from training import inputs, settings  # noqa: E402
+from training import inputs, settings, validation  # noqa: E402
 from training.files import write_json  # noqa: E402
 from training.folders import commit  # noqa: E402
 
@@ -42,18 +38,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@torch.no_grad()
 def perplexity(folder, source):
     """exp of the mean cross entropy of the validation outputs' tokens."""
     s = settings.Mle(data=source, model=str(folder), device="cpu", dtype="float32", max_input_tokens=250)
     llama, tokenizer = inputs.open_base(s)
     rows = inputs.load_rows(s, "validation", llama, tokenizer)[:200]
-    total = tokens = 0.0
-    for start in range(0, len(rows), 10):
-        batch = data.collate(rows[start : start + 10])
-        logp = ppo.response_logp(llama, batch, None)
-        total, tokens = total - logp[batch.mask].sum().item(), tokens + batch.mask.sum().item()
-    return math.exp(total / tokens)
+    return math.exp(validation.validate_mle(s, llama, rows)["val_loss"])  # without an adapter mle, that of the base
 
 
 def main(model, source, *chosen):

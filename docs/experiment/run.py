@@ -66,7 +66,6 @@ ROWS = {
     "KL 0.05": changed("--kl-coef 0.05"),
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
-THREADS = {}  # of a stage, elsewhere 1: two rows can run side by side. The last bits depend on it
 
 
 def folder_of(row):
@@ -79,9 +78,8 @@ def run(row):
         if not place.exists():
             trained = stage not in ("quantize", "eval")
             line = f"{stage} --output-dir {folder_of(row)} {flags}{' --resume' if trained else ''}"
-            threads = THREADS.get(stage, 1)
-            torch.set_num_threads(threads)
-            print(f"\nOMP_NUM_THREADS={threads} python lastmile.py {line}", flush=True)
+            torch.set_num_threads(1)  # so that two rows can run side by side; the last bits depend on it
+            print(f"\nOMP_NUM_THREADS=1 python lastmile.py {line}", flush=True)
             begin = time.monotonic()
             if code := lastmile.main(line.split()):
                 sys.exit(code)
