@@ -162,7 +162,7 @@ def quantize(settings):
             raise UserError(f"{settings.model}: already quantized; name an fp16 or fp32 model: --model FOLDER")
         rows = load_rows(settings, "train", llama, tokenizer, settings.calibration_examples)
         if settings.dry_run:
-            return dry_run(settings, llama, rows)
+            return dry_run(settings, llama, calibration=rows)
         warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
         bar = progress("quantize", "block")

@@ -354,7 +354,11 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, tokenizer, texts):
         with one_line(self.file):
-            return [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+            ids = []
+            for start in range(0, len(texts), 256):  # the library's results, offsets and all, take much memory
+                found = tokenizer.encode_batch(texts[start : start + 256], add_special_tokens=False)
+                ids += [one.ids for one in found]
+            return ids
 
     def decode(self, ids):
         """Text of a list of ids, up to the first EOS."""

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from safetensors.torch import load_file
 import lastmile
 from formats import llama_folder
 from formats.errors import UserError
-from training import command_line, folders, optimizer, terminal
+from training import command_line, dry_run, folders, optimizer, terminal
 from training import run as run_module
 from training import settings as settings_module
+from training.run import resident_memory, return_free_memory
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -452,7 +455,7 @@ def dry(run, stage, *flags, capsys):
     out = capsys.readouterr().out
     name = "fresh weights" if stage == "pretrain" else r"\S+"
     assert out.count("dry run: ") == 1 and re.search(rf"^  model +{name}: [\d.,]+ M parameters$", out, re.M)
-    assert re.search(r"^  memory +weights [\d.]+ .*= [\d.]+ GB", out, re.M)
+    assert re.search(r"^  memory +process [\d.]+ .*weights [\d.]+ .*= [\d.]+ GB", out, re.M)
     patterns = dict(rows=r"data +([\d,]+) rows", steps=r"steps +([\d,]+) of", trained=r"trained +.*: ([\d,]+) param")
     found = {name: re.search(pattern, out) for name, pattern in patterns.items()}
     return {name: int(match[1].replace(",", "")) for name, match in found.items() if match}
@@ -536,6 +539,40 @@ def test_a_dry_run_s_numbers_are_the_run_s(fresh_run, reward, stage, flags, save
     assert found["trained"] == sum(tensor.numel() for file in tensors for tensor in file.values()) > 0
     assert found["steps"] == len(journal(folder)) == 2 * -(-found["rows"] // 6)
     assert 60 < found["rows"] <= 120 if stage == "reward" else found["rows"] == 20
+
+
+def estimated(run, stage, *flags):
+    """{what: bytes} of a dry run's estimate."""
+    assert run(stage, *flags, "--dry-run") == 0
+    return dry_run.show.call_args.args[-1]
+
+
+def test_a_dry_run_counts_the_process_and_what_ppo_may_sample(fresh_run, run_folder, reward, monkeypatch):
+    """On a CPU the peak is the whole process: libraries, data and kernels too. PPO's samples can be longer than every
+    true output, so the largest batch is set by --max-new-tokens; MLE's is not. GPTQ's Hessians are memory as well.
+    """
+    monkeypatch.setattr(dry_run, "show", Mock())
+    short, long = (["--max-new-tokens", n, "--reward", reward] for n in (60, 90))
+    ppo = [estimated(fresh_run, "ppo", *flags) for flags in (short, long)]
+    mle = [estimated(fresh_run, "mle", *flags[:2]) for flags in (short, long)]
+    assert ppo[0]["process"] > 0.7 * resident_memory() > 0 and ppo[0]["kernels"] > 0
+    assert ppo[1]["logits"] == pytest.approx(1.5 * ppo[0]["logits"]) and ppo[1]["activations"] > ppo[0]["activations"]
+    assert mle[1]["logits"] == mle[0]["logits"]
+    dense = ["--model", run_folder / "pretrain", "--overwrite"]
+    few, many = (estimated(fresh_run, "quantize", *dense, "--calibration-examples", n) for n in (4, 8))
+    assert 0 < few["calibration"] < many["calibration"]
+
+
+def test_free_memory_goes_back_between_steps(monkeypatch):
+    """Freed blocks between live ones stay with the C library and add to the peak, unless they are returned."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc has malloc_trim")
+    monkeypatch.setattr("training.run.LARGE_PROCESS", 0)
+    blocks = [bytearray(b"1" * 100_000) for _ in range(2000)]
+    kept, before = blocks[::50], resident_memory()
+    del blocks
+    return_free_memory()
+    assert len(kept) == 40 and before - resident_memory() > 150e6
 
 
 def test_a_dry_run_writes_no_tables(fresh_run, capsys):

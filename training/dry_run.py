@@ -1,40 +1,78 @@
 """What --dry-run prints instead of working: sizes, steps, and an estimate of the peak memory.
 
 The model comes without weights (meta device). The largest batch decides; what its forward pass keeps for the backward
-is counted by running it without weights (training/estimate.py). The estimate leaves out temporary memory of single
-operations and what the allocator wastes.
+is counted by running it without weights (training/estimate.py). Two things are measured, not counted: `BACKWARD` and,
+on a CPU, `KERNEL` (docs/memory.md).
 """
 
 import math
 
 import torch
+import torch.nn as nn
 
 import data
 from speed import cpu_decoder
 from training.estimate import all_tensors, kept_bytes
-from training.run import number_of_steps
+from training.run import number_of_steps, resident_memory, return_free_memory
 from training.terminal import say
 
 FP32 = 4  # bytes
+CACHE = {"cpu": 4, "cuda": 1}  # with the prompts' hidden states and gaps, over keys and values: measured; assumed
+# The peak of a training step over what its forward keeps: temporary tensors, and gaps between them that fit no other.
+BACKWARD = {"cpu": 1.35, "cuda": 1.1}  # measured; assumed, for want of a GPU
+KERNELS = 17e6, 0.65e9  # bytes of oneDNN's compiled kernels: for each new length of a batch, and at most
 
 
-def dry_run(settings, llama, rows=(), trained=(), has_logits=True):
+def dry_run(settings, llama, rows=(), trained=(), has_logits=True, calibration=()):
     """Print the plan of a stage. Returns the estimate, {what: bytes}.
 
     rows: list of Datum. trained: names of the adapters that learn and share one pass; ["base"] for pretraining.
-    has_logits: whether the loss needs logits (the reward model's does not).
+    has_logits: whether the loss needs logits (the reward model's does not). calibration: the rows of `quantize`.
     """
     learning = trained_parameters(llama, trained)
-    memory = base_memory(settings, llama, trained)
+    samples = "policy" in trained or (not trained and hasattr(settings, "batch_size"))
+    memory = process_memory(settings, rows or calibration, samples) | base_memory(settings, llama, trained)
+    if calibration:
+        memory["calibration"] = calibration_bytes(llama, calibration)
     if learning:
         memory |= training_memory(settings, llama, rows, trained, learning, has_logits)
     elif rows and hasattr(settings, "batch_size"):
         memory["keys and values"] = cache_bytes(settings, llama.config, rows)
-    samples = "policy" in trained or (not trained and hasattr(settings, "batch_size"))
     if samples and settings.device == "cpu" and cpu_decoder.size(llama.config) <= cpu_decoder.LARGEST:
         memory["weights for decoding"] = cpu_decoder.size(llama.config)
-    show(settings, llama, rows, trained, learning, memory)
+    show(settings, llama, rows or calibration, trained, learning, memory)
     return memory
+
+
+def process_memory(settings, rows, samples):
+    """{what: bytes} of a process on a CPU without its model: libraries and data as they are now, kernels to come.
+
+    samples: every token of an output is one more length. A GPU's memory holds neither.
+    """
+    if settings.device != "cpu":
+        return {}
+    return_free_memory()
+    each, most = KERNELS
+    lengths = len({len(datum.prompt) + len(datum.response) for datum in rows})
+    batches = math.ceil(len(rows) / getattr(settings, "batch_size", 1))
+    if hasattr(settings, "epochs"):
+        batches = number_of_steps(settings, rows)
+    kernels = most if samples else min(each * min(batches, lengths), most)
+    return {"process": resident_memory(), "kernels": int(kernels)}
+
+
+def calibration_bytes(llama, rows):
+    """Bytes that GPTQ needs beside the model: hidden states of a block's two sides, Hessians, and the 4-bit layers."""
+    config = llama.config
+    itemsize = llama.model.embed_tokens.weight.element_size()
+    hidden = 2 * itemsize * config.hidden_size * sum(len(row.prompt) + len(row.response) for row in rows)
+    linears = [module for module in llama.model.layers[0].modules() if isinstance(module, nn.Linear)]
+    hessians = 2 * FP32 * sum(linear.in_features**2 for linear in linears)  # the sum over rows, and the mean
+    largest = max(linears, key=lambda linear: linear.in_features * linear.out_features)
+    factors = 5 * FP32 * largest.in_features**2  # of one Hessian: in order, inverse, Cholesky factors
+    copies = 4 * FP32 * largest.in_features * largest.out_features
+    packed = sum(linear.weight.numel() for linear in linears) * config.num_hidden_layers * 5 // 8  # and scales
+    return hidden + hessians + factors + copies + packed
 
 
 def base_parameters(llama):
@@ -72,21 +110,23 @@ def training_memory(settings, llama, rows, trained, learning, has_logits):
     for parameter in learning:
         parameter.requires_grad_(True)
     shared = getattr(settings, "share_prompts", False)
-    B, T = largest_layout(settings, rows) if shared else largest_batch(settings, rows)
+    responses = [settings.max_new_tokens if "policy" in trained else len(datum.response) for datum in rows]
+    B, T = largest_layout(settings, rows) if shared else largest_batch(settings, rows, responses)
     adapters = () if trained == ["base"] else tuple((name, B) for name in trained)
     passes = max(len(adapters), 1)  # policy and value are two rows of one pass
     memory = {"gradients and AdamW": 3 * FP32 * sum(p.numel() for p in learning)}
-    memory["activations"] = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint, shared)
+    factor = BACKWARD[torch.device(settings.device).type]
+    kept = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint, shared)
+    memory["activations"] = int(factor * kept)
     if has_logits:  # logits, their log-softmax and their gradient, on response tokens only
-        longest = max(len(datum.response) for datum in rows)
-        memory["logits"] = 3 * FP32 * llama.config.vocab_size * B * longest
+        memory["logits"] = int(factor * 3 * FP32 * llama.config.vocab_size * B * max(responses))
     return memory
 
 
-def largest_batch(settings, rows):
-    """(B, T) of the largest pass."""
+def largest_batch(settings, rows, responses):
+    """(B, T) of the largest pass. responses: how many tokens of each row are its response."""
     B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    return B, max(len(datum.prompt) + len(datum.response) for datum in rows)
+    return B, max(len(datum.prompt) + length for datum, length in zip(rows, responses, strict=True))
 
 
 def largest_layout(settings, rows):
@@ -102,9 +142,10 @@ def largest_layout(settings, rows):
 
 def cache_bytes(settings, config, rows):
     """Bytes of the keys and values of one sampling batch."""
+    itemsize = 2 * getattr(torch, settings.dtype).itemsize
     S = max(len(datum.prompt) for datum in rows) + settings.max_new_tokens
     width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return 2 * getattr(torch, settings.dtype).itemsize * settings.batch_size * S * width
+    return CACHE[torch.device(settings.device).type] * itemsize * settings.batch_size * S * width
 
 
 def show(settings, llama, rows, trained, learning, memory):

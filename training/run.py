@@ -8,6 +8,7 @@
 A signal (Ctrl-C, SIGTERM) or --max-time ends the run after the step it is in: it saves a checkpoint and raises Stopped.
 """
 
+import ctypes
 import errno
 import itertools
 import json
@@ -32,6 +33,28 @@ from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write
 from training.files import clear, write_json
 from training.terminal import Stopped, say
 from training.validation import BEST
+
+LARGE_PROCESS = 1 << 30  # bytes
+
+
+def resident_memory():
+    """Bytes of physical memory that this process holds now; 0 where the system has no /proc (macOS)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
+
+
+def return_free_memory():
+    """Give the heap's free pages back to the system, once the process is large.
+
+    The C library keeps what was freed, and tensors of the next batch, of other lengths, do not fit the gaps: the peak
+    grew by 40 % in an epoch. It costs 50 ms at 135 M parameters, where a step takes seconds, and does nothing where
+    the C library is not glibc.
+    """
+    if resident_memory() > LARGE_PROCESS and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def number_of_steps(settings, rows):
@@ -226,6 +249,7 @@ class Run:
             yield step, learning_rate(step, steps, s.learning_rate, warmup_steps), batch
             self.bar.update()
             self.end_step(step + 1, steps)
+            return_free_memory()
 
     def cut_validations(self):
         """Keep the validations up to the step that the run continues from."""
