@@ -48,12 +48,19 @@ def changed(flags):
     return {"ppo": f"{BASE} --seed 1 {TRAIN} {JUDGE} {PPO} {flags}", "eval": judged("policy")}
 
 
+def rewarded(flags):
+    """The row `seed 1` without MLE, but for the flags of its reward model."""
+    stages = {"reward": f"{REWARD} {flags}", "ppo": PPO}
+    return {stage: f"{BASE} --seed 1 {TRAIN} {flags}" for stage, flags in stages.items()} | {"eval": judged("policy")}
+
+
 ROWS = {
     "main": {"quantize": f"--data data/samsum --model {MODEL} --max-input-tokens 250 --group-size 32 --scale-search"},
     **{f"tune {stage} {rate}": {
         stage: f"{BASE} {LESS} --learning-rate {rate}" + (f" {TUNE_JUDGE}" if stage == "ppo" else "")
     } for stage, rates in RATES.items() for rate in rates},
     "base": {"eval": judged("base")},
+    "unquantized base": {"eval": judged("base").replace(f"{RUNS}/main/base", MODEL)},
     **{f"seed {seed}": {
         "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
         "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
@@ -64,6 +71,7 @@ ROWS = {
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
     "value warm-up": changed("--value-warmup-steps 20"),
     "KL 0.05": changed("--kl-coef 0.05"),
+    "span negatives": rewarded("--hallucinations span"),
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 
@@ -130,7 +138,8 @@ def tables(found):
     judged = {row: one["heldout"] for row, one in found.items() if "heldout" in one}
     classes = list(dict.fromkeys(kind for heldout in judged.values() for kind in heldout if kind != "positive"))
     rewards = [["AUC of positives against", *classes]]
-    rewards += [[row, *(f"{heldout[kind]['auc']:.3f}" for kind in classes)] for row, heldout in judged.items()]
+    for row, heldout in judged.items():
+        rewards.append([row, *(f"{heldout[kind]['auc']:.3f}" if kind in heldout else "" for kind in classes)])
 
     scores, differences = [["row", "column", "n", *METRICS]], [["difference", *METRICS]]
     for row, one in found.items():
@@ -153,9 +162,11 @@ def tables(found):
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
-        found = collect()
+        stored = ROOT / "docs/experiment/results.json"
+        found = json.loads(stored.read_text()) | collect()  # rows whose folders are on another machine stay
+        found = {row: found[row] for row in dict.fromkeys([*ROWS, *found]) if row in found}
         print(*map(evaluation.markdown, tables(found)), sep="\n\n")
-        training_files.write_json(ROOT / "docs/experiment/results.json", found)
+        training_files.write_json(stored, found)
     else:
         for row in sys.argv[1:] or ROWS:
             run(row)
