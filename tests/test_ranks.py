@@ -23,14 +23,14 @@ from formats.errors import UserError
 from training import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
-# Runs commands one after the other, each by a store of its own, and ends with the code of the last.
+# Runs commands one after the other, each by a store of its own, and ends with the largest of their codes.
 DRIVER = """
 import json, os, sys
 import lastmile
 code = 0
 for port, command in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
-    code = code or lastmile.main(command)
+    code = max(code, lastmile.main(command))
 sys.exit(code)
 """
 # The last batch of mle and ppo holds one row: fewer than there are ranks.
@@ -205,28 +205,29 @@ def test_a_killed_rank_ends_the_others(run_folder, tmp_path):
     assert len(errors[0]) == 1 and "another rank has ended without a word" in errors[0][0]
 
 
-@pytest.mark.parametrize("what", ["flags", "data", "folder"])
-def test_ranks_that_differ_are_refused(run_folder, tmp_path, what):
+def test_ranks_that_differ_are_refused(run_folder, tmp_path):
     """Another --seed, another data file, or an --output-dir that only the first rank sees: one line from the first rank
     that names it, exit code 2 of all, and nothing is left behind.
     """
     folders = [tmp_path / str(rank) for rank in range(2)]
     for rank, folder in enumerate(folders):
         (folder / "out").mkdir(parents=True)
-        texts = [f"{i + (rank if what == 'data' else 0)} and {i}" for i in range(12)]
-        rows = "".join(json.dumps({"source": text, "target": text}) + "\n" for text in texts)
-        (folder / "rows.jsonl").write_text(rows)
-    place = "out" if what == "folder" else str(tmp_path / "out")
+        (folder / "seed.toml").write_text(f"seed = {rank}\n")
+        for name, other in ("same", 0), ("other", rank):
+            texts = [f"{i + other} and {i}" for i in range(12)]
+            rows = "".join(json.dumps({"source": text, "target": text}) + "\n" for text in texts)
+            (folder / f"{name}.jsonl").write_text(rows)
     (tmp_path / "out").mkdir()
-    flags = ["mle", "--data", "rows.jsonl", "--model", run_folder / "base", "--output-dir", place, "--max-steps", 2]
-    if what == "flags":
-        (folders[0] / "s.toml").write_text("seed = 1\n")
-        (folders[1] / "s.toml").write_text("seed = 2\n")
-        flags += ["--config", "s.toml"]
-    codes, errors = Ranks(2, flags, folders=folders).end()
+    flags = ["mle", "--model", run_folder / "base", "--max-steps", 2, "--output-dir"]
+    cases = {
+        "in seed": [tmp_path / "out", "--data", "same.jsonl", "--config", "seed.toml"],
+        "in data": [tmp_path / "out", "--data", "other.jsonl"],
+        "rank 1: out: the first rank writes to it": ["out", "--data", "same.jsonl"],
+    }
+    codes, errors = Ranks(2, *(flags + case for case in cases.values()), folders=folders).end()
     assert codes == [2, 2], errors
-    said = {"flags": "in seed", "data": "in data", "folder": "rank 1: out: the first rank writes to it"}[what]
-    assert len(errors[0]) == 1 and said in errors[0][0] and errors[1] == []
+    assert len(errors[0]) == len(cases) and errors[1] == []
+    assert all(said in line for said, line in zip(cases, errors[0], strict=True))
     assert not list(tmp_path.glob("**/mle"))
 
 
