@@ -55,7 +55,7 @@ from toy import chatter
 from training import chat, ranks, validation
 from training.card import write_card
 from training.checkpoint import adapter_hash
-from training.dry_run import dry_run
+from training.dry_run import calibration_memory, dry_run, merged_memory
 from training.files import write_json
 from training.folders import commit, require, stage_folder
 from training.inputs import (
@@ -162,7 +162,7 @@ def quantize(settings):
             raise UserError(f"{settings.model}: already quantized; name an fp16 or fp32 model: --model FOLDER")
         rows = load_rows(settings, "train", llama, tokenizer, settings.calibration_examples)
         if settings.dry_run:
-            return dry_run(settings, llama, calibration=rows)
+            return dry_run(settings, llama, rows, extra=calibration_memory(llama, rows))
         warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
         bar = progress("quantize", "block")
@@ -305,7 +305,7 @@ def train_ppo(settings):
         scorer, depends_on = open_reward(settings, llama, tokenizer, rows)
         depends_on |= add_actors(settings, llama)
         if settings.dry_run:
-            return dry_run(settings, llama, rows, ["policy", "value"])
+            return dry_run(settings, llama, rows, ["policy", "value"], samples=True)
         policy, value = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         optimizer = Optimizer(policy, value, max_grad_norm=settings.max_grad_norm)
         bar = ["return", "reward", "length", "explained_variance"]
@@ -416,7 +416,7 @@ def evaluate(settings):
         adapters = {name: load_column(settings, llama, name) for name in names}
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         if settings.dry_run:
-            return dry_run(settings, llama, rows)
+            return dry_run(settings, llama, rows, samples=True)
         warn_of_overlap(settings, rows)
         predictions = {}
         for name, adapter in adapters.items():
@@ -479,7 +479,7 @@ def answer(settings, text):
     adapters = load_columns(s, llama, s.adapter)
     limit = context_left(s, llama)
     if s.dry_run:
-        return dry_run(s, llama)
+        return dry_run(s, llama, samples=True)
     rngs = {name: generator(s, "sample", device=s.device) for name in adapters}
 
     def answer_one(text):
@@ -510,7 +510,8 @@ def predict(settings):
     prompts = tokenizer.prompts([source for _, source in inputs])
     limit = context_left(s, llama)
     if s.dry_run:
-        return dry_run(s, llama)
+        rows = [data.Datum("", "", "", prompt, []) for prompt in prompts if len(prompt) <= limit]
+        return dry_run(s, llama, rows, samples=True)
     file = Predictions(s, inputs, llama, tokenizer) if ranks.first() else None
     for rows in progress("predict")(ranks.from_first(file and file.batches())):
         short = [i for i in rows if len(prompts[i]) <= limit]
@@ -536,7 +537,7 @@ def merge(settings):
         if llama.copies:
             raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
         if settings.dry_run:
-            return dry_run(settings, llama)
+            return dry_run(settings, llama, extra=merged_memory(settings, llama))
         model.merge(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
         write_card(settings, llama.folder, folder, "merge")

@@ -23,24 +23,22 @@ BACKWARD = {"cpu": 1.35, "cuda": 1.1}  # measured; assumed, for want of a GPU
 KERNELS = 17e6, 0.65e9  # bytes of oneDNN's compiled kernels: for each new length of a batch, and at most
 
 
-def dry_run(settings, llama, rows=(), trained=(), has_logits=True, calibration=()):
+def dry_run(settings, llama, rows=(), trained=(), has_logits=True, samples=False, extra=()):
     """Print the plan of a stage. Returns the estimate, {what: bytes}.
 
     rows: list of Datum. trained: names of the adapters that learn and share one pass; ["base"] for pretraining.
-    has_logits: whether the loss needs logits (the reward model's does not). calibration: the rows of `quantize`.
+    has_logits: whether the loss needs logits (the reward model's does not). samples: whether outputs are
+    sampled. extra: {what: bytes} of what only this stage needs.
     """
     learning = trained_parameters(llama, trained)
-    samples = "policy" in trained or (not trained and hasattr(settings, "batch_size"))
-    memory = process_memory(settings, rows or calibration, samples) | base_memory(settings, llama, trained)
-    if calibration:
-        memory["calibration"] = calibration_bytes(llama, calibration)
+    memory = process_memory(settings, rows, samples) | base_memory(settings, llama, trained) | dict(extra)
     if learning:
         memory |= training_memory(settings, llama, rows, trained, learning, has_logits)
-    elif rows and hasattr(settings, "batch_size"):
+    elif rows and samples:
         memory["keys and values"] = cache_bytes(settings, llama.config, rows)
     if samples and settings.device == "cpu" and cpu_decoder.size(llama.config) <= cpu_decoder.LARGEST:
         memory["weights for decoding"] = cpu_decoder.size(llama.config)
-    show(settings, llama, rows or calibration, trained, learning, memory)
+    show(settings, llama, rows, trained, learning, memory)
     return memory
 
 
@@ -61,8 +59,8 @@ def process_memory(settings, rows, samples):
     return {"process": resident_memory(), "kernels": int(kernels)}
 
 
-def calibration_bytes(llama, rows):
-    """Bytes that GPTQ needs beside the model: hidden states of a block's two sides, Hessians, and the 4-bit layers."""
+def calibration_memory(llama, rows):
+    """{what: bytes} of GPTQ beside the model: hidden states of a block's two sides, Hessians, and the 4-bit layers."""
     config = llama.config
     itemsize = llama.model.embed_tokens.weight.element_size()
     hidden = 2 * itemsize * config.hidden_size * sum(len(row.prompt) + len(row.response) for row in rows)
@@ -72,7 +70,12 @@ def calibration_bytes(llama, rows):
     factors = 5 * FP32 * largest.in_features**2  # of one Hessian: in order, inverse, Cholesky factors
     copies = 4 * FP32 * largest.in_features * largest.out_features
     packed = sum(linear.weight.numel() for linear in linears) * config.num_hidden_layers * 5 // 8  # and scales
-    return hidden + hessians + factors + copies + packed
+    return {"calibration": hidden + hessians + factors + copies + packed}
+
+
+def merged_memory(settings, llama):
+    """{what: bytes} of the dense weights that `merge` makes of 4-bit ones."""
+    return {"merged weights": getattr(torch, settings.dtype).itemsize * sum(packed_sizes(llama))}
 
 
 def base_parameters(llama):
