@@ -1,8 +1,8 @@
 """What --dry-run prints instead of working: sizes, steps, and an estimate of the peak memory.
 
 The model comes without weights (meta device). The largest batch decides; what its forward pass keeps for the backward
-is counted by running it without weights (training/estimate.py). Two things are measured, not counted: `BACKWARD` and,
-on a CPU, `KERNEL` (docs/memory.md).
+is counted by running it without weights (training/estimate.py). Three things are measured, not counted: `CACHE`,
+`BACKWARD` and, on a CPU, `KERNELS` (docs/memory.md).
 """
 
 import math
@@ -145,10 +145,10 @@ def largest_layout(settings, rows):
 
 def cache_bytes(settings, config, rows):
     """Bytes of the keys and values of one sampling batch."""
-    itemsize = 2 * getattr(torch, settings.dtype).itemsize
+    itemsize = getattr(torch, settings.dtype).itemsize
     S = max(len(datum.prompt) for datum in rows) + settings.max_new_tokens
     width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return CACHE[torch.device(settings.device).type] * itemsize * settings.batch_size * S * width
+    return CACHE[torch.device(settings.device).type] * 2 * itemsize * settings.batch_size * S * width
 
 
 def show(settings, llama, rows, trained, learning, memory):

@@ -30,7 +30,9 @@ from training import results  # noqa: E402
 RUNS = Path("runs/experiment")
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 SHORT = "--max-input-tokens 200"
-BASE = f"--data data/samsum --model {RUNS}/main/base {SHORT} --dtype bfloat16"
+UNQUANTIZED, BASE = (
+    f"--data data/samsum --model {folder} {SHORT} --dtype bfloat16" for folder in (MODEL, f"{RUNS}/main/base")
+)
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
 REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3"))  # chosen by `tune`
 SEEDS = (1, 2, 3)
@@ -39,8 +41,8 @@ JUDGE = f"--reward {RUNS}/seed-1/reward"
 TUNE_JUDGE = f"--reward {RUNS}/tune-reward-1e-3/reward"
 
 
-def judged(adapters):
-    return f"{BASE} --bleurt none --test-examples 300 --adapters {adapters}"
+def judged(adapters, base=BASE):
+    return f"{base} --bleurt none --test-examples 300 --adapters {adapters}"
 
 
 def changed(flags):
@@ -50,8 +52,8 @@ def changed(flags):
 
 def rewarded(flags):
     """The row `seed 1` without MLE, but for the flags of its reward model."""
-    stages = {"reward": f"{REWARD} {flags}", "ppo": PPO}
-    return {stage: f"{BASE} --seed 1 {TRAIN} {flags}" for stage, flags in stages.items()} | {"eval": judged("policy")}
+    common = f"{BASE} --seed 1 {TRAIN}"
+    return {"reward": f"{common} {REWARD} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
 
 
 ROWS = {
@@ -60,7 +62,7 @@ ROWS = {
         stage: f"{BASE} {LESS} --learning-rate {rate}" + (f" {TUNE_JUDGE}" if stage == "ppo" else "")
     } for stage, rates in RATES.items() for rate in rates},
     "base": {"eval": judged("base")},
-    "unquantized base": {"eval": judged("base").replace(f"{RUNS}/main/base", MODEL)},
+    "unquantized base": {"eval": judged("base", UNQUANTIZED)},
     **{f"seed {seed}": {
         "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
         "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",

@@ -32,6 +32,7 @@ from eval import markdown  # noqa: E402
 from speed import cpu as cpu_speed  # noqa: E402
 from training import folders  # noqa: E402
 from training import settings as settings_module  # noqa: E402
+from training.run import resident_memory  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TARGETS = settings_module.Training.lora_targets.split(",")
@@ -181,8 +182,7 @@ def warm_up():
 
 def rss():
     """Bytes of memory that this process holds now, and the most that it ever held (Linux)."""
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -83,12 +83,12 @@ def estimate(stage, s, rows, llama):
     """What --dry-run says that a stage's memory goes into: {name: bytes}. llama: on the meta device, no adapters."""
     add_adapters(stage, llama, s)
     with contextlib.redirect_stdout(io.StringIO()):
-        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], has_logits=stage != "reward")
+        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], has_logits=stage != "reward", samples=stage == "ppo")
     for _, layer in common.model.lora_layers(llama):
         layer.lora_A.clear()
         layer.lora_B.clear()
     llama.score.clear()
-    return memory
+    return {what: size for what, size in memory.items() if what not in ("process", "kernels")}  # as `measure` counts
 
 
 def meta_llama(config, group_size, dtype=torch.float32):
