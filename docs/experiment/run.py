@@ -50,6 +50,12 @@ def changed(flags):
     return {"ppo": f"{BASE} --seed 1 {TRAIN} {JUDGE} {PPO} {flags}", "eval": judged("policy")}
 
 
+def drawn(seed):
+    """MLE, and PPO against the reward model of the row `seed 1`, by another seed: pairs, their order, samples."""
+    common = f"{BASE} --seed {seed} {TRAIN}"
+    return {"mle": f"{common} {MLE}", "ppo": f"{common} {JUDGE} {PPO}", "eval": judged("mle,policy")}
+
+
 def rewarded(flags):
     """The row `seed 1` without MLE, but for the flags of its reward model."""
     common = f"{BASE} --seed 1 {TRAIN}"
@@ -69,6 +75,8 @@ ROWS = {
         "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
         "eval": judged("mle,policy"),
     } for seed in SEEDS},
+    "draw 4": drawn(4),
+    "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
     "value warm-up": changed("--value-warmup-steps 20"),
@@ -154,11 +162,11 @@ def tables(found):
         for name, numbers in pairs.items():
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
             differences.append([f"{row}: {name}", *cells])
-    seeds = [one["scores"] for row, one in found.items() if row.startswith("seed") and "scores" in one]
-    for column in [column for column in COLUMNS if len(seeds) > 1 and all(column in score for score in seeds)]:
-        values = {m: [score[column][m] for score in seeds] for m in METRICS}
+    compared = [one["scores"] for one in found.values() if "policy less mle" in one]  # every seed and every draw
+    for column in [column for column in COLUMNS if len(compared) > 1 and all(column in score for score in compared)]:
+        values = {m: [score[column][m] for score in compared] for m in METRICS}
         cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in values.values()]
-        scores.append([f"{len(seeds)} seeds", column, "", *cells])
+        scores.append([f"{len(compared)} runs", column, "", *cells])
     return [lines for lines in (rewards, scores, differences) if len(lines) > 1]
 
 
