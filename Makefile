@@ -128,6 +128,7 @@ faults: .venv/dev
 bench:    ## beside transformers, PEFT and TRL on one CPU thread; growth; memory: 40 minutes, 3 GB of packages
 bench: .venv-bench/ready
 	.venv-bench/bin/python tests/bench/cpu.py $(FLAGS)
+	.venv-bench/bin/python tests/bench/cpu.py --threads 2 --sizes 15M --runs 1 --name cpu-two-threads
 	.venv-bench/bin/python tests/bench/growth.py
 	.venv-bench/bin/python tests/bench/memory.py
 

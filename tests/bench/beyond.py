@@ -24,6 +24,21 @@ from training import command_line, inputs, reward_report  # noqa: E402
 
 ALL = "--model runs/toy/base --train-examples 600"
 PPO, EVAL = "--epochs 2", "--adapters policy"
+
+
+def over(flags, rates):
+    """Reward, mle and ppo over the toy's base before its quantization, at a rate each, with the same flags."""
+    base = f"--model runs/toy/pretrain {flags}"
+    trained = {
+        stage: f"{base} --learning-rate {rate}{'' if stage == 'reward' else f' {PPO}'}" for stage, rate in rates.items()
+    }
+    return trained | {"eval": "--model runs/toy/pretrain --adapters mle,policy"}
+
+
+RATES = {  # full: the best on validation among 1e-4, 3e-4 and 1e-3; lora: the toy's defaults
+    "lora": {"reward": "2e-3", "mle": "3e-3", "ppo": "3e-3"},
+    "full": {"reward": "1e-3", "mle": "1e-3", "ppo": "1e-3"},
+}
 ROWS = {  # row: the commands that it takes, in order
     "default": {"reward": "", "ppo": PPO, "eval": EVAL},
     "hallucinations span": {"reward": "--hallucinations span", "ppo": PPO, "eval": EVAL},
@@ -32,6 +47,8 @@ ROWS = {  # row: the commands that it takes, in order
     "rounds 2": {"reward": "--rounds 2 --epochs 1", "ppo": PPO, "eval": EVAL},  # as many steps as default
     "level sequence": {"reward": "--level sequence", "ppo": PPO, "eval": EVAL},
     "reward rouge": {"ppo": f"{PPO} --reward rouge", "eval": EVAL},
+    "unquantized": over("", RATES["lora"]),
+    "tune full": over("--tune full", RATES["full"]),
     "default, all 2,700": {"reward": "--train-examples 0"},  # whom a negative tells apart once training is longer
     "span, all 2,700": {"reward": "--train-examples 0 --hallucinations span"},
 }
@@ -67,7 +84,7 @@ def heldout(row):
 
 def policy_line(row, column="policy"):
     scores, intervals = (json.loads((folder_of(row) / f"eval/{n}.json").read_text()) for n in ("scores", "intervals"))
-    cells = [row if column == "policy" else column]
+    cells = [row if column == "policy" else f"{row}: {column}"]
     for metric in ("la-rouge1-F1", "excess_length"):
         low, high = intervals[column][metric]
         cells.append(f"{scores[column][metric]:.2f} ±{(high - low) / 2:.2f}")

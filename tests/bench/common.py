@@ -50,8 +50,8 @@ def tiny_config(size, V=32000):
     return model.LlamaConfig(V, C, F, L, H, H, C // H, tie_word_embeddings=True, eos_token_id=(-1,))  # never ends
 
 
-def tiny_llama(size, packed=False):
-    """A random Llama, frozen; packed: its projections in 4 bits, groups of 32."""
+def tiny_llama(size, packed=False, dtype=torch.float32):
+    """A random Llama, frozen; packed: its projections in 4 bits, groups of 32, their scales in fp16."""
     llama = model.initialize(tiny_config(size), torch.Generator().manual_seed(0))
     llama.model.embed_tokens.weight.data.mul_(0.02)  # else a tied head repeats the last token, whatever went before
     if packed:
@@ -62,6 +62,8 @@ def tiny_llama(size, packed=False):
             for name, tensor in zip(names, quant.round_to_nearest(layer.base.weight.detach(), 32), strict=True):
                 setattr(packed_layer, name, tensor)
             layer.base = packed_layer
+    for parameter in llama.parameters():
+        parameter.data = parameter.data.to(dtype)
     return llama.requires_grad_(False)
 
 

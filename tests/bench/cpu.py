@@ -1,4 +1,4 @@
-"""`make bench`: sampling, a maximum-likelihood step and a PPO update on one CPU thread, beside what people use.
+"""`make bench`: sampling and a step of each stage on one CPU thread (or --threads), beside what people use.
 
 C1  sampling, 7 prompts of 200 tokens, 50 new ones each: model.sample against transformers' generate (sdpa; of its
     dynamic and its static cache the one that is faster here), greedily, at temperature 1, and there under a LoRA
@@ -11,6 +11,8 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
 C4  the reward stage on 7 data of SAMSum's lengths, six rows each, 14 rows a step: an update on every one of the 42 rows
     with prompts shared (the default) and not, against transformers + PEFT as people write it (a linear head on every
     token, the rows padded). Peak memory beside it.
+C5  bf16 beside fp32, both ours: a step of C2 and the sampling of C1, on a CPU that multiplies bf16 in hardware; on
+    another it is left out.
 
 Both sides have the same random weights, ours in 4 bits: tiny Llamas of llama2.c's sizes with a vocabulary of 32,000.
 First asserted are the same greedy tokens (C1), the same losses to 1e-4 over three updates (C2), the same
@@ -19,7 +21,7 @@ log-probabilities to 1e-4 (C3), the same loss to 1e-4 (C4).
 Each side multiplies as its users' programs do: ours by oneDNN (speed.cpu.prefer_onednn), theirs
 by torch's default. The last column says what is left where the peer is given the same switch.
 
-    .venv-bench/bin/python tests/bench/cpu.py [--sizes 15M,42M] [--only C1,C2,C3] [--runs 3] [--seconds 60]
+    .venv-bench/bin/python tests/bench/cpu.py [--sizes 15M,42M] [--only C1,C2] [--runs 3] [--seconds 60] [--threads 1]
 """
 
 import argparse
@@ -42,6 +44,7 @@ import data
 import lastmile
 import model
 import ppo
+from speed.cpu import multiplies_bf16
 from training import optimizer
 
 B, PROMPT, NEW = 7, 200, 50
@@ -50,8 +53,9 @@ GOALS = {  # id: {size: (goal, stretch)}
     "C2": {"15M": (1.9, 2.2), "42M": (1.15, 1.3)},
     "C3": {"15M": (2.0, 2.5)},
     "C4": {"15M": (4.0, 4.5), "42M": (4.0, 4.5)},
+    "C5": {"42M": ()},  # no goal
 }
-HEADER = ["CPU, one thread", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch",
+HEADER = ["CPU", "ours, s", "theirs, s", "laps", "speedup", "quartiles", "goal", "stretch",
           "over theirs by oneDNN"]  # fmt: skip
 
 
@@ -96,6 +100,14 @@ def add_line(id, size, what, ours, theirs, switched, results, note=""):
         f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", *goal, f"{min(switched) / min(ours):.2f}x",
     ]  # fmt: skip
     print(" | ".join(results[key]["row"]), note, flush=True)
+
+
+def compare(key, ours, theirs, results, goal=""):
+    """A line from the laps of two ways of ours."""
+    ratio, row = common.speedup(ours, theirs), [key, f"{min(ours):.3f}", f"{min(theirs):.3f}", str(len(ours))]
+    row += [f"{ratio['of minima']:.2f}x", f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", goal, "", ""]
+    results[key] = {"ours": ours, "theirs": theirs, "speedup": ratio, "row": row}
+    print(" | ".join(row), flush=True)
 
 
 def c1(size, seconds, results):
@@ -297,11 +309,25 @@ def c4(size, seconds, results):
     )
     for what in ("shared", "not shared"):
         add_line("C4", size, what, laps[what], laps["theirs"], laps["theirs by oneDNN"], results, note)
-    ratio = common.speedup(laps["shared"], laps["not shared"])
-    results[f"C4 {size} shared over not shared"] = {"speedup": ratio, "row": [
-        f"C4 {size} shared over not shared", "", "", str(len(laps["shared"])), f"{ratio['of minima']:.2f}x",
-        f"{ratio['q1']:.2f}-{ratio['q3']:.2f}", "2x", "", "",
-    ]}  # fmt: skip
+    compare(f"C4 {size} shared over not shared", laps["shared"], laps["not shared"], results, "2x")
+
+
+def c5(size, seconds, results):
+    if not multiplies_bf16():
+        return print("C5: this CPU has no bf16 products", flush=True)
+    rows = common.random_rows(B, PROMPT, NEW)
+    ways = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        llama = common.tiny_llama(size, packed=True, dtype=dtype)
+        common.add_adapter(llama, "mle")
+        step = steps.step("mle", llama, data.collate(rows), steps.settings("mle"))
+        sampled = partial(model.sample, llama, [row.prompt for row in rows], "mle", NEW, 1)
+        ways[dtype] = {"mle": step, "sampled, LoRA": sampled}
+    (low, fp32) = (ways[dtype]["mle"]()["loss"] for dtype in ways)
+    assert abs(low - fp32) < 0.02 * fp32, (low, fp32)
+    for what in ("mle", "sampled, LoRA"):
+        laps = common.race({str(dtype): common.by_onednn(way[what]) for dtype, way in ways.items()}, seconds)
+        compare(f"C5 {size} {what}, bf16 over fp32", *laps.values(), results)
 
 
 def any_tokenizer():
@@ -315,14 +341,15 @@ def any_tokenizer():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="15M,42M")
-    parser.add_argument("--only", default="C1,C2,C3,C4")
+    parser.add_argument("--only", default="C1,C2,C3,C4,C5")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3, help="of everything; the table shows each line's worst")
     parser.add_argument(
         "--seconds", type=float, default=60, help="for the laps of one line; 5 laps at least, 20 at most"
     )
     parser.add_argument("--name", default="cpu", help="of the files of results")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")  # TRL's about its own age
     transformers.logging.set_verbosity_error()
     found, limits, runs = common.facts(), common.ceilings(), []
@@ -331,7 +358,7 @@ def main():
         results = {}
         for id in arguments.only.split(","):
             for size in [size for size in arguments.sizes.split(",") if size in GOALS[id]]:
-                {"C1": c1, "C2": c2, "C3": c3, "C4": c4}[id](size, arguments.seconds, results)
+                {"C1": c1, "C2": c2, "C3": c3, "C4": c4, "C5": c5}[id](size, arguments.seconds, results)
         runs.append(results)
     worst = {
         key: min((results[key] for results in runs), key=lambda one: one["speedup"]["of minima"]) for key in results
