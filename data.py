@@ -451,20 +451,19 @@ class SharedPrompts:
     tokens: torch.Tensor  # (G, S) long
     positions: torch.Tensor  # (G, S) long: of a token in its row
     visible: torch.Tensor  # (G, 1, S, S) bool: whether the query of a column sees the key of another
-    place: torch.Tensor  # (B, T) long: where a row's column t is in the flattened (G S)
+    places: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
 
 
 def share_prompts(batch):
-    """The SharedPrompts of a Batch. Values (G, S) of the layout become the batch's by `.flatten()[layout.place]`."""
+    """The SharedPrompts of a Batch."""
     rows = batch.rows
     groups = same_prompt(rows, range(len(rows)))
-    B, T = batch.tokens.shape
     G = len(groups)
     S = max(layout_length(rows, group) for group in groups)
     tokens = torch.zeros(G, S, dtype=torch.long)
     positions = torch.zeros(G, S, dtype=torch.long)
     part = torch.zeros(G, S, dtype=torch.long)  # 0: prompt, 1, 2, …: which of the group's responses
-    place = torch.zeros(B, T, dtype=torch.long)
+    places = [None] * len(rows)
     for g, group in enumerate(groups):
         prompt = rows[group[0]].prompt
         P = len(prompt)
@@ -477,12 +476,11 @@ def share_prompts(batch):
             tokens[g, start:end] = torch.tensor(response)
             positions[g, start:end] = torch.arange(P, P + len(response))
             part[g, start:end] = n
-            place[b, :P] = torch.arange(g * S, g * S + P)
-            place[b, P : P + len(response)] = torch.arange(g * S + start, g * S + end)
+            places[b] = torch.arange(g * S + start, g * S + end)
             start = end
     column = torch.arange(S)
     causal = column[:, None] >= column  # (S, S)
     query, key = part[:, :, None], part[:, None, :]
     visible = causal & ((key == 0) | (key == query))  # (G, S, S); padding is a prompt that nobody sees
-    tensors = [tokens, positions, visible[:, None], place]
+    tensors = [tokens, positions, visible[:, None], torch.cat(places)]
     return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])

@@ -221,7 +221,7 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
     """
     scores = []
     for part in ranks.share(batch).split(micro_batch_size):
-        score = ppo.column_scores(llama, part, shared)  # (B, T)
+        score = ppo.token_scores(llama, part, shared)  # (B, T)
         loss = ppo.reward_loss(score, part, level)
         optimizer.backward(loss, part.weight.sum().item() / weight_per_batch)
         scores.append(score.detach())

@@ -86,6 +86,20 @@ def project(layers, x, adapter=None):
     return [layer.adapt(y, x, adapter) for layer, y in zip(layers, ys, strict=True)]
 
 
+def split_by_adapter(adapter, places, T):
+    """Deal places (n,) in the flattened (B T) out to the adapters of an adapter argument: [(name, places)], each
+    counted from the adapter's first row on. Without places: [(name, None)].
+    """
+    if places is None:
+        return [(name, None) for name, _ in adapter]
+    parts, start = [], 0
+    for name, rows in adapter:
+        end = start + rows * T
+        parts.append((name, places[(places >= start) & (places < end)] - start))
+        start = end
+    return parts
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adapters over a whole model: `module` is any module that contains LoRALinear layers
 

@@ -1,6 +1,7 @@
 """The Llama: one forward pass that every stage shares, a KV-cached sampler, and loading by Hugging Face names.
 
     h = llama(tokens, adapter)            (B, T) -> (B, T, C)   the trunk under an adapter (see lora.py)
+    h = llama(tokens, adapter, wanted=n)  (B, T) -> (n, C)      the same of n tokens; the last block skips the others
     llama.logits(h[...])                  (…, C) -> (…, V)      only where they are asked for
     llama.scalar(h, "reward")             (…, C) -> (…,)        a scalar head: rewards and values
 
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from formats import llama_folder, peft_adapter
 from formats.errors import UserError
 from formats.gptq import inspect_layers
-from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project
+from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project, split_by_adapter
 from quant import QuantLinear, quantize_blocks
 from speed import cpu_decoder
 from speed.cpu import few_rows
@@ -171,7 +172,8 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
         self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
 
-    def forward(self, x, cos, sin, adapter, cache, layer, last_positions, layout):
+    def forward(self, x, cos, sin, adapter, cache, layer, layout):
+        """What each token's heads have read, to go through o_proj: (B, T, C) -> (B, T, H D)."""
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
         q = rotate(q.view(B, T, self.H, self.D).transpose(1, 2), cos, sin)  # (B, H, T, D)
@@ -184,13 +186,9 @@ class Attention(nn.Module):
                 cache.fill(layer, k, v)
             if layout is not None:
                 y = attend_visible(q, k, v, layout.visible)  # (B, H, T, D)
-            elif last_positions is None:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
             else:
-                last_q = q[cache.row, :, last_positions][:, :, None]  # (B, H, 1, D)
-                y = attend_last(last_q, k, v, last_positions)  # (B, H, 1, D)
-        y = y.transpose(1, 2).reshape(B, y.shape[2], self.H * self.D)  # (B, T or 1, H D)
-        return self.o_proj(y, adapter)  # (B, T or 1, C)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
+        return y.transpose(1, 2).reshape(B, T, self.H * self.D)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -229,11 +227,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, last_positions=None, layout=None):
-        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, last_positions, layout)
-        if last_positions is not None:
-            x = x[cache.row, last_positions][:, None]  # (B, 1, C)
-        x = y + x
+    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, layout=None, wanted=None):
+        """(B, T, C) -> (B, T, C), or (n, C) of the wanted tokens. wanted: (places, adapter argument of these rows)."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, layout)  # (B, T, H D)
+        if wanted is not None:  # keys and values were needed of every token, what follows is not
+            places, adapter = wanted
+            x, y = x.flatten(0, 1)[places], y.flatten(0, 1)[places]  # (n, C), (n, H D)
+        x = x + self.self_attn.o_proj(y, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
@@ -263,18 +263,17 @@ class Llama(nn.Module):
         self.folder = None
         self.hash = ""
 
-    def forward(self, tokens, adapter=None, cache=None, last_positions=None, layout=None):
+    def forward(self, tokens, adapter=None, cache=None, wanted=None, layout=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
 
+        wanted: (n,) long, the places in the flattened (B T) of the tokens whose states are asked for, those of one
+        adapter together. The last block then skips the rest, and the result is (n, C).
         layout: a data.SharedPrompts, whose tokens these are: several rows that continue one prompt.
-
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
-        last_positions (B,), with the prompts: the one column of each that is asked for. The last block then skips the
-        rest, and the result is (B, 1, C).
         """
         names = [adapter] if isinstance(adapter, str) else [name for name, _ in adapter or ()]
         if any(name in self.copies for name in names):
-            return self.forward_copies(tokens, adapter, cache, last_positions, layout)
+            return self.forward_copies(tokens, adapter, cache, wanted, layout)
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)  # (T,)
         if layout is not None:
@@ -285,23 +284,31 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         last = len(self.model.layers) - 1
+        if wanted is not None:
+            rows = adapter
+            if not isinstance(adapter, str | None):
+                rows = [(name, len(part)) for name, part in split_by_adapter(adapter, wanted, T)]
+            wanted = wanted, rows
         for i, block in enumerate(self.model.layers):
+            how = {"layout": layout, "wanted": wanted if i == last else None}
             if recompute:
-                given = {"layout": layout, "use_reentrant": False, "preserve_rng_state": False}
-                x = checkpoint(block, x, cos, sin, adapter, **given)
+                x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False, **how)
             else:
-                x = block(x, cos, sin, adapter, cache, i, last_positions if i == last else None, layout)
+                x = block(x, cos, sin, adapter, cache, i, **how)
         return self.model.norm(x)
 
-    def forward_copies(self, tokens, adapter, cache, last_positions, layout):
+    def forward_copies(self, tokens, adapter, cache, wanted, layout):
         """`forward` by whole models in place of adapters: fp32 weights, products in the base's dtype."""
         if not isinstance(adapter, str):
             parts = tokens.split([rows for _, rows in adapter])
-            return torch.cat([self(part, name) for part, (name, _) in zip(parts, adapter, strict=True)])
+            dealt = split_by_adapter(adapter, wanted, tokens.shape[1])
+            return torch.cat(
+                [self(part, name, wanted=places) for part, (name, places) in zip(parts, dealt, strict=True)]
+            )
         copy = self.copies[adapter]
         copy.recompute = self.recompute
         with self.precision():
-            return copy(tokens, None, cache, last_positions, layout)
+            return copy(tokens, None, cache, wanted, layout)
 
     def precision(self):
         """The autocast under which fp32 weights are multiplied in the base's dtype."""
@@ -465,7 +472,8 @@ def prefill(llama, prompts, adapter, max_new_tokens):
         tokens[b, : len(prompt)] = torch.tensor(prompt)
     dtype = llama.model.embed_tokens.weight.dtype
     cache = KVCache(llama.config, len(prompts), T + max_new_tokens, device, dtype)
-    h = llama(tokens.to(device), adapter, cache, last_positions=length - 1)[:, 0]  # (B, C)
+    last = torch.arange(len(prompts), device=device) * T + length - 1  # (B,)
+    h = llama(tokens.to(device), adapter, cache, wanted=last)  # (B, C)
     logits = llama.logits(h)  # (B, V)
     cache.length = length
     return cache, logits

@@ -159,22 +159,22 @@ def mle_loss(logp, mask):
 # From hidden states to columns
 
 
-def states_before(h, mask):
-    """The hidden states from which the response tokens were chosen: (B, T, C) -> (n, C), n response tokens.
+def places(mask):
+    """Where a mask is True, in the flattened (B T): (B, T) bool -> (n,) long, row by row."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def states_before(mask):
+    """The places of the hidden states from which the n response tokens were chosen, one column before each: (n,).
 
     Every row begins with at least one prompt token, so that there is a state before its first response token.
     """
-    return h[:, :-1][mask[:, 1:]]
+    return places(mask) - 1
 
 
 def fill(mask, flat):
     """(n,) values of the response tokens -> (B, T), 0 elsewhere; differentiable."""
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
-
-
-def response_logits(llama, h, batch, adapter=None):
-    """The logits from which every response token was chosen, and no others: (B, T, C) -> (n, V)."""
-    return llama.logits(states_before(h, batch.mask), adapter)
 
 
 def token_logp(logits, batch):
@@ -184,7 +184,8 @@ def token_logp(logits, batch):
 
 def response_logp(llama, batch, adapter):
     """log pi of the response tokens under an adapter (None: the base), from one pass over the batch: (B, T)."""
-    return token_logp(response_logits(llama, llama(batch.tokens, adapter), batch, adapter), batch)
+    h = llama(batch.tokens, adapter, wanted=states_before(batch.mask))  # (n, C)
+    return token_logp(llama.logits(h, adapter), batch)
 
 
 def token_entropy(logits, batch):
@@ -201,25 +202,27 @@ def actor_critic(llama, batch, entropy_learns=False):
     of it is kept for backward.
     """
     B = len(batch.tokens)
-    h = llama(batch.tokens.repeat(2, 1), adapter=(("policy", B), ("value", B)))  # (2B, T, C)
-    policy_h, value_h = h.split(B)  # each (B, T, C)
-    logits = response_logits(llama, policy_h, batch, "policy")  # (n, V)
+    before = states_before(batch.mask.repeat(2, 1))  # (2n,)
+    h = llama(batch.tokens.repeat(2, 1), (("policy", B), ("value", B)), wanted=before)  # (2n, C)
+    policy_h, value_h = h.chunk(2)  # each (n, C)
+    logits = llama.logits(policy_h, "policy")  # (n, V)
     logp = token_logp(logits, batch)  # (B, T)
     entropy = token_entropy(logits if entropy_learns else logits.detach(), batch)  # (B, T)
-    value = fill(batch.mask, llama.scalar(states_before(value_h, batch.mask), "value"))  # (B, T)
+    value = fill(batch.mask, llama.scalar(value_h, "value"))  # (B, T)
     return logp, value, entropy
 
 
-def column_scores(llama, batch, shared=False):
-    """The reward model's score of every column: (B, T), read at the token itself.
+def token_scores(llama, batch, shared=False):
+    """The reward model's score of every response token, read at the token itself: (B, T), 0 elsewhere.
 
-    shared: pass over the prompt that several rows have only once; the same scores on the responses, to rounding.
+    shared: pass over the prompt that several rows have only once; the same scores, to rounding.
     """
-    if not shared:
-        return llama.scalar(llama(batch.tokens, "reward"), "reward")
-    layout = share_prompts(batch)
-    h = llama(layout.tokens, "reward", layout=layout)  # (G, S, C)
-    return llama.scalar(h, "reward").flatten()[layout.place]
+    if shared:
+        layout = share_prompts(batch)
+        h = llama(layout.tokens, "reward", wanted=layout.places, layout=layout)  # (n, C)
+    else:
+        h = llama(batch.tokens, "reward", wanted=places(batch.mask))  # (n, C)
+    return fill(batch.mask, llama.scalar(h, "reward"))
 
 
 @torch.no_grad()
@@ -229,7 +232,7 @@ def reward_scores(llama, batch, level="token"):
     A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
     activations and propagate through them: half more memory and backward work for nothing.
     """
-    return column_scores(llama, batch) * scored_tokens(batch.mask, level)
+    return token_scores(llama, batch) * scored_tokens(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

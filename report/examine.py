@@ -125,8 +125,8 @@ def add_numbers(s, llama, tokenizer, source, texts, outputs, score, has_value):
         scores = score(batch)  # (B, T)
         value = torch.zeros_like(scores)
         if has_value:
-            h = llama(batch.tokens, "value")  # (B, T, C)
-            value = ppo.fill(batch.mask, llama.scalar(ppo.states_before(h, batch.mask), "value"))  # (B, T)
+            h = llama(batch.tokens, "value", wanted=ppo.states_before(batch.mask))  # (n, C)
+            value = ppo.fill(batch.mask, llama.scalar(h, "value"))  # (B, T)
         traj = ppo.trajectory(batch, value, value, scores, s.gamma, s.lam, s.length_penalty, s.reward_clamp)
     penalty = ppo.length_penalty(batch, s.length_penalty)
     found = {"reward": traj.reward, "score": scores, "penalty": penalty, "return": traj.ret}

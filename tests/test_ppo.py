@@ -249,9 +249,9 @@ def test_stacked_pass_equals_three(actors):
     """One pass over rows of three adapters gives the values and gradients of three passes; the reward gets none."""
     batch = random_batch(4, 1, 9, 6)
     (logp, value, _), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
-    apart = ppo.token_logp(ppo.response_logits(actors, actors(batch.tokens, "policy"), batch), batch)
-    h = ppo.states_before(actors(batch.tokens, "value"), batch.mask)
-    apart_value = ppo.fill(batch.mask, actors.scalar(h, "value"))
+    h, V = actors(batch.tokens, "policy"), actors(batch.tokens, "value")  # (B, T, C): of every token
+    apart = ppo.token_logp(actors.logits(h[:, :-1][batch.mask[:, 1:]]), batch)
+    apart_value = ppo.fill(batch.mask, actors.scalar(V[:, :-1][batch.mask[:, 1:]], "value"))
     judged = actors.scalar(actors(batch.tokens, "reward"), "reward") * batch.mask
     for one, other in ((logp, apart), (value, apart_value), (score, judged)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -261,6 +261,32 @@ def test_stacked_pass_equals_three(actors):
     theirs = torch.autograd.grad((apart * apart_value).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("adapter", [None, "policy", (("policy", 3), ("value", 1)), (("policy", 1), ("value", 3))])
+def test_states_of_some_tokens_are_those_of_all(actors, adapter, recompute):
+    """The last block skips the tokens that nobody asks for: those that are asked for, in the order asked, and all
+    gradients, stay what they are when every token is computed.
+    """
+    tokens = random_batch(4, 1, 9, 6).tokens
+    T = tokens.shape[1]
+    wanted = torch.tensor([3, 1, T - 1, T + 5, 2 * T + 2, 3 * T, 4 * T - 1])
+    parameters = [p for name in ("policy", "value") for p in actors.adapter_parameters(name)]
+    actors.recompute = recompute
+    try:
+        some, every = actors(tokens, adapter, wanted=wanted), actors(tokens, adapter).flatten(0, 1)[wanted]
+    finally:
+        actors.recompute = False
+    torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)
+    if adapter is None:
+        return
+    ours, theirs = (torch.autograd.grad(h.sin().sum(), parameters, allow_unused=True) for h in (some, every))
+    assert any(g is not None for g in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("whitened", [False, True])

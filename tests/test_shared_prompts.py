@@ -55,7 +55,7 @@ def gradients(llama, batch, level, shared, micro_batch_size=0):
     total = 0.0
     for part in batch.split(micro_batch_size):
         weight = data.fraction(part.weight, batch.weight)
-        loss = ppo.reward_loss(ppo.column_scores(llama, part, shared), part, level) * weight
+        loss = ppo.reward_loss(ppo.token_scores(llama, part, shared), part, level) * weight
         loss.backward()
         total += loss.item()
     return total, [p.grad.clone() for p in llama.adapter_parameters("reward")]
@@ -71,10 +71,10 @@ def test_scores_equal_those_of_single_rows(run_folder, ragged, base):
     layout = data.share_prompts(batch)
     assert len(layout.tokens) == 4 < len(batch.tokens) and layout.tokens.numel() < 0.7 * batch.tokens.numel()
     with torch.no_grad():
-        shared = ppo.column_scores(llama, batch, shared=True)
+        shared = ppo.token_scores(llama, batch, shared=True)
         for b, row in enumerate(ragged):
             alone = data.collate([row])
-            expected = ppo.column_scores(llama, alone)[alone.mask]
+            expected = ppo.token_scores(llama, alone)[alone.mask]
             assert torch.allclose(shared[b][batch.mask[b]], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -103,7 +103,7 @@ def test_a_response_moves_no_other(run_folder, ragged):
     rows = [row for row in ragged if row.prompt == ragged[0].prompt]
     changed = [replace(rows[0], response=rows[0].response[::-1]), *rows[1:]]
     with torch.no_grad():
-        before, after = (ppo.column_scores(llama, data.collate(part), shared=True) for part in (rows, changed))
+        before, after = (ppo.token_scores(llama, data.collate(part), shared=True) for part in (rows, changed))
     mask = data.collate(rows).mask
     assert not torch.allclose(before[0][mask[0]], after[0][mask[0]])
     for b in range(1, len(rows)):

@@ -114,12 +114,12 @@ def training_memory(settings, llama, rows, trained, learning, has_logits):
         parameter.requires_grad_(True)
     shared = getattr(settings, "share_prompts", False)
     responses = [settings.max_new_tokens if "policy" in trained else len(datum.response) for datum in rows]
-    B, T = largest_layout(settings, rows) if shared else largest_batch(settings, rows, responses)
+    B, T, wanted = largest_layout(settings, rows) if shared else largest_batch(settings, rows, responses)
     adapters = () if trained == ["base"] else tuple((name, B) for name in trained)
     passes = max(len(adapters), 1)  # policy and value are two rows of one pass
     memory = {"gradients and AdamW": 3 * FP32 * sum(p.numel() for p in learning)}
     factor = BACKWARD[torch.device(settings.device).type]
-    kept = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint, shared)
+    kept = kept_bytes(llama, B * passes, T, adapters or None, settings.grad_checkpoint, shared, wanted)
     memory["activations"] = int(factor * kept)
     if has_logits:  # logits, their log-softmax and their gradient, on response tokens only
         memory["logits"] = int(factor * 3 * FP32 * llama.config.vocab_size * B * max(responses))
@@ -127,20 +127,26 @@ def training_memory(settings, llama, rows, trained, learning, has_logits):
 
 
 def largest_batch(settings, rows, responses):
-    """(B, T) of the largest pass. responses: how many tokens of each row are its response."""
+    """(B, T) of the largest pass, and of how many tokens of a row the states are asked for.
+
+    responses: how many tokens of each row are its response.
+    """
     B = min(settings.micro_batch_size or settings.batch_size, settings.batch_size)
-    return B, max(len(datum.prompt) + length for datum, length in zip(rows, responses, strict=True))
+    T = max(len(datum.prompt) + length for datum, length in zip(rows, responses, strict=True))
+    return B, T, max(responses)
 
 
 def largest_layout(settings, rows):
-    """(G, S) of the largest pass of an epoch in the layout of shared prompts."""
+    """`largest_batch` for the layout of shared prompts, (G, S), of an epoch."""
     shapes = []
     for index in data.grouped_batches(rows, settings.batch_size, settings.seed, 0):
         size = settings.micro_batch_size or len(index)
         for start in range(0, len(index), size):
             groups = data.same_prompt(rows, index[start : start + size])
-            shapes.append((len(groups), max(data.layout_length(rows, group) for group in groups)))
-    return max(shapes, key=math.prod)
+            S = max(data.layout_length(rows, group) for group in groups)
+            responses = sum(len(rows[i].response) for group in groups for i in group)
+            shapes.append((len(groups), S, math.ceil(responses / len(groups))))
+    return max(shapes, key=lambda shape: shape[0] * shape[1])
 
 
 def cache_bytes(settings, config, rows):

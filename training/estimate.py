@@ -32,22 +32,25 @@ def all_tensors(llama):
     return [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
 
 
-def kept_bytes(llama, B, T, adapter, recompute=False, shared=False):
+def kept_bytes(llama, B, T, adapter, recompute=False, shared=False, wanted=None):
     """Bytes that autograd keeps from a pass over (B, T) tokens until its backward, in addition to the parameters.
 
     Counted by running the pass on the meta device. llama: loaded with weights=False. recompute: count what
     --grad-checkpoint keeps, the input of every block and the inside of one. shared: in the layout of shared prompts.
+    wanted: how many of a row's states are asked for; None: all.
     """
-    everything = bytes_of_pass(llama, B, T, adapter, shared)
     if not recompute:
-        return everything
+        return bytes_of_pass(llama, B, T, adapter, shared, wanted)
+    everything = bytes_of_pass(llama, B, T, adapter, shared)
     blocks = llama.config.num_hidden_layers
     inputs = blocks * B * T * llama.config.hidden_size * llama.model.embed_tokens.weight.element_size()
     return everything // blocks + inputs
 
 
-def bytes_of_pass(llama, B, T, adapter, shared=False):
+def bytes_of_pass(llama, B, T, adapter, shared=False, wanted=None):
     """Bytes of the tensors that one pass saves for its backward, each storage once."""
+    if wanted is not None:
+        wanted = torch.arange(B * T).view(B, T)[:, T - wanted :].flatten()  # the last of each row
     constant = {t.untyped_storage()._cdata for t in all_tensors(llama)}
     kept = {}  # storage -> a tensor of it
 
@@ -66,7 +69,7 @@ def bytes_of_pass(llama, B, T, adapter, shared=False):
     llama.recompute = False
     try:
         with Fused(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter, layout=layout)
+            h = llama(torch.empty(B, T, dtype=torch.long, device="meta"), adapter, None, wanted, layout)
         del h
     finally:
         llama.recompute = recompute

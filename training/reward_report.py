@@ -43,7 +43,7 @@ def heldout_scores(settings, llama, rows):
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
         with torch.inference_mode():
-            score = ppo.column_scores(llama, ranks.share(batch), settings.share_prompts)
+            score = ppo.token_scores(llama, ranks.share(batch), settings.share_prompts)
         score = ranks.whole(score, len(batch.rows))  # (B, T)
         loss += ppo.reward_loss(score, batch, settings.level).item() * batch.weight.sum().item()
         scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)

@@ -180,7 +180,6 @@ class Reward(Training):
 
     batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
     learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=2e-3, above=0)
-    epochs: int = opt(1, "passes over the data (P 3.1); the toy's tiny base learns late to compare", toy=2, least=1)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples in the held-out report", least=2)
     share_prompts: bool = opt(

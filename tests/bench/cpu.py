@@ -290,7 +290,7 @@ def c4(size, seconds, results):
     with torch.no_grad():
         length = batch.prompt_len + batch.mask.sum(1)
         mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
-        losses = [ppo.reward_loss(ppo.column_scores(llama, batch, shared), batch).item() for shared in (True, False)]
+        losses = [ppo.reward_loss(ppo.token_scores(llama, batch, shared), batch).item() for shared in (True, False)]
         losses.append(ppo.reward_loss(theirs(batch.tokens, mask), batch).item())
     assert max(losses) - min(losses) < 1e-4, losses
     peaks = {}

@@ -78,7 +78,7 @@ def heldout_loss(settings):
     for start in range(0, len(rows), 30):
         batch = data.collate(rows[start : start + 30])
         with torch.inference_mode():
-            part = ppo.reward_loss(ppo.column_scores(llama, batch, shared=True), batch, settings.level)
+            part = ppo.reward_loss(ppo.token_scores(llama, batch, shared=True), batch, settings.level)
         loss += part.item() * batch.weight.sum().item()
         weight += batch.weight.sum().item()
     return loss / weight
