@@ -285,10 +285,10 @@ class Llama(nn.Module):
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         last = len(self.model.layers) - 1
         if wanted is not None:
-            rows = adapter
+            of_wanted = adapter  # the adapter argument in which every wanted token is a row
             if not isinstance(adapter, str | None):
-                rows = [(name, len(part)) for name, part in split_by_adapter(adapter, wanted, T)]
-            wanted = wanted, rows
+                of_wanted = [(name, len(places)) for name, places in split_by_adapter(adapter, wanted, T)]
+            wanted = wanted, of_wanted
         for i, block in enumerate(self.model.layers):
             how = {"layout": layout, "wanted": wanted if i == last else None}
             if recompute:

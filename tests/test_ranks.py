@@ -47,8 +47,8 @@ STAGES = {
 class Ranks:
     """Processes that run the same commands as the ranks of one world; they wait for each other."""
 
-    def __init__(self, size, *commands, folders=None):
-        """folders: the working directory of each rank."""
+    def __init__(self, size, *commands, folders=None, before=""):
+        """folders: the working directory of each rank. before: code that each rank runs first."""
         self.stores = [dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False) for _ in commands]
         lines = json.dumps([[store.port, list(map(str, c))] for store, c in zip(self.stores, commands, strict=True)])
         self.processes = []
@@ -60,8 +60,8 @@ class Ranks:
             }  # fmt: skip
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", DRIVER, lines], env=env, cwd=folders[rank] if folders else ROOT, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    [sys.executable, "-c", before + DRIVER, lines], env=env, cwd=folders[rank] if folders else ROOT,
+                    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 )
             )  # fmt: skip
 
@@ -203,6 +203,35 @@ def test_a_killed_rank_ends_the_others(run_folder, tmp_path):
     codes, errors = running.end()
     assert codes == [1, -9]
     assert len(errors[0]) == 1 and "another rank has ended without a word" in errors[0][0]
+
+
+# The second rank fails in its third step.
+FAULT = """
+import os, ppo
+loss, calls = ppo.mle_loss, []
+def failing(logp, mask):
+    calls.append(None)  # two a step: the loss, and the one that is logged
+    if os.environ["RANK"] == "1" and len(calls) == 5:
+        {fault}
+    return loss(logp, mask)
+ppo.mle_loss = failing
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [("raise MemoryError", 4, "out of memory"), ("logp = logp * float('nan')", 3, "not finite")],
+)
+def test_a_fault_of_one_rank_ends_all(run_folder, tmp_path, fault, code, said):
+    """Out of memory, or a loss that is not finite, on the second rank alone: both end with the code that one process
+    has for it, by one line of the first, and nothing but the steps before is kept.
+    """
+    folder = copy_of(run_folder, tmp_path / "toy")
+    command = ["mle", *LONG.split(), "--log-every", 1, "--save-every", 1, "--output-dir", folder]
+    codes, errors = Ranks(2, command, before=FAULT.format(fault=fault)).end()
+    assert codes == [code, code] and [len(lines) for lines in errors] == [1, 0], errors
+    assert said in errors[0][0]
+    assert len(journal(folder / "mle.partial")) == 2
 
 
 def test_ranks_that_differ_are_refused(run_folder, tmp_path):
