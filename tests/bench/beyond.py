@@ -35,7 +35,7 @@ def over(flags, rates):
 
 RATES = {  # full: the best on validation among 1e-4, 3e-4 and 1e-3; lora: the toy's defaults
     "lora": {"reward": "2e-3", "mle": "3e-3", "ppo": "3e-3"},
-    "full": {"reward": "1e-3", "mle": "1e-3", "ppo": "1e-3"},
+    "full": {"reward": "1e-3", "mle": "1e-3", "ppo": "3e-4"},
 }
 ROWS = {  # row: the commands that it takes, in order
     "default": {"reward": "", "ppo": "", "eval": EVAL},
