@@ -450,7 +450,7 @@ class SharedPrompts:
 
     tokens: torch.Tensor  # (G, S) long
     positions: torch.Tensor  # (G, S) long: of a token in its row
-    visible: torch.Tensor  # (G, 1, S, S) bool: whether the query of a column sees the key of another
+    visible: torch.Tensor  # (G, 1, S - P, S) bool: which keys are seen by the queries beyond the shortest prompt, P
     places: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
 
 
@@ -479,8 +479,9 @@ def share_prompts(batch):
             places[b] = torch.arange(g * S + start, g * S + end)
             start = end
     column = torch.arange(S)
-    causal = column[:, None] >= column  # (S, S)
-    query, key = part[:, :, None], part[:, None, :]
-    visible = causal & ((key == 0) | (key == query))  # (G, S, S); padding is a prompt that nobody sees
+    P = min(len(rows[group[0]].prompt) for group in groups)
+    causal = column[P:, None] >= column  # (S - P, S)
+    query, key = part[:, P:, None], part[:, None, :]
+    visible = causal & ((key == 0) | (key == query))  # (G, S - P, S); padding is a prompt that nobody sees
     tensors = [tokens, positions, visible[:, None], torch.cat(places)]
     return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])
