@@ -32,7 +32,7 @@ from formats.errors import UserError
 from formats.gptq import inspect_layers
 from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project, split_by_adapter
 from quant import QuantLinear, quantize_blocks
-from speed import cpu_decoder
+from speed import cpu, cpu_decoder
 from speed.cpu import few_rows
 from speed.cuda_graph import capture
 
@@ -150,20 +150,29 @@ def attend_last(q, k, v, length):
         return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
 
 
+def attend(q, k, v, visible=None):
+    """Causal attention, or under a mask (B, 1, T, S): q (B, H, T, D), k, v (B, J, S, D) -> q's shape."""
+    if q.device.type != "cpu":
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
+    if visible is not None:
+        visible = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+    return cpu.Attention.apply(q, k, v, visible)
+
+
 def attend_visible(q, k, v, visible):
     """Attention of rows that begin with a prompt: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
     visible (B, 1, T - P, T): which keys the queries from column P on see. Those before are of prompts in all rows and
-    plainly causal, which kernels do in half the time. The mask has no heads, so that no fused kernel, on a CPU or a
-    GPU, makes a (B, H, T, T) of it. Where there is a mask these kernels want as many key heads as query heads.
+    plainly causal: less work. The mask has no heads, so that no fused kernel, on a CPU or a GPU, makes a (B, H, T, T)
+    of it. Where there is a mask these kernels want as many key heads as query heads.
     """
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)  # (B, H, T, D)
     P = q.shape[2] - visible.shape[2]
-    prompts = F.scaled_dot_product_attention(q[:, :, :P], k[:, :, :P], v[:, :, :P], is_causal=True)  # (B, H, P, D)
-    others = F.scaled_dot_product_attention(q[:, :, P:], k, v, attn_mask=visible)  # (B, H, T - P, D)
-    return torch.cat([prompts, others], dim=2)
+    prompts = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (B, H, P, D)
+    return torch.cat([prompts, attend(q[:, :, P:], k, v, visible)], dim=2)
 
 
 class Attention(nn.Module):
@@ -188,10 +197,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.fill(layer, k, v)
-            if layout is not None:
-                y = attend_visible(q, k, v, layout.visible)  # (B, H, T, D)
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.H != self.J)
+            y = attend(q, k, v) if layout is None else attend_visible(q, k, v, layout.visible)  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, self.H * self.D)
 
 

@@ -208,6 +208,37 @@ def test_one_new_token_attends_as_many_do():
         torch.testing.assert_close(y[b : b + 1], expected)
 
 
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_torch_s_and_by_mkl(monkeypatch, heads, masked):
+    """A CPU's attention and its gradients are those of F.scaled_dot_product_attention, to the last bit where the same
+    library multiplies; in both directions it is MKL, whatever the products around it use.
+    """
+    B, H, T, D = 3, 6, 20, 16
+    q, k, v = (torch.randn(B, n, T, D).requires_grad_() for n in (H, heads, heads))
+    visible = torch.ones(B, 1, T, T).tril().bool() if masked else None
+    matmul = torch.backends.mkldnn.matmul
+    chosen = matmul.fp32_precision
+    used, ops = [], torch.ops.aten
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+        kernel = getattr(ops, name)
+        spy = lambda *a, kernel=kernel, **k: used.append(matmul.fp32_precision) or kernel(*a, **k)  # noqa: E731
+        monkeypatch.setattr(ops, name, spy)
+    try:
+        matmul.fp32_precision = "bf16"
+        y = model.attend(q, k, v, visible)
+        ours = y, *torch.autograd.grad(y.sin().sum(), (q, k, v))
+        assert used == ["none", "none"] and matmul.fp32_precision == "bf16"
+        matmul.fp32_precision = "none"
+        how = {"is_causal": not masked, "attn_mask": visible, "enable_gqa": True}
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, **how)
+        theirs = y, *torch.autograd.grad(y.sin().sum(), (q, k, v))
+    finally:
+        matmul.fp32_precision = chosen
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_large_blocks_come_in_large_pages():
     """A CPU step takes and frees gigabytes; in pages of 4 KB up to a third of its time is the kernel's. Counted in page
     faults, in a process of its own, as torch reads the switch once.
