@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from speed.cpu import multiplies_bf16
+from speed.cpu import by_mkl, multiplies_bf16
 
 LARGEST = 2 << 30  # bytes of prepared weights; a larger model has no memory to spare for a second copy
 LARGE = 1 << 18  # numbers in a matrix from which oneDNN's own layout pays
@@ -155,6 +155,7 @@ def decoder(llama, adapter, cache, rope_table, rotate):
     embed, last_norm, eps = llama.model.embed_tokens.weight, llama.model.norm.weight.float(), config.rms_norm_eps
     cache.k, cache.v = cache.k.float(), cache.v.float()
 
+    @by_mkl()  # attention; oneDNN would first copy the cache
     def step(token):
         B = len(token)
         length = cache.length
