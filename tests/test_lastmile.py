@@ -757,7 +757,7 @@ def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, ca
     out, place = capsys.readouterr().out, fresh_run.folder
     assert f"ppo: no reward model in {place}/reward yet; training it first" in out
     settings = json.loads((place / "reward/config.json").read_text())
-    expected = dict(batch_size=14, epochs=2, learning_rate=2e-3, max_steps=2, train_examples=14, max_new_tokens=24)
+    expected = dict(batch_size=14, epochs=1, learning_rate=2e-3, max_steps=2, train_examples=14, max_new_tokens=24)
     expected |= dict(eval_examples=4, lora_r=2, seed=4, output_dir=str(place), model=f"{place}/base", stage="reward")
     assert {name: settings[name] for name in expected} == expected
     apart = ["--model", place / "base", "--output-dir", tmp_path / "apart"]
