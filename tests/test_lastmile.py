@@ -84,11 +84,11 @@ def test_each_stage_overfits_one_batch(fresh_run, reward, stage, flags, number, 
 
 def test_ppo_raises_the_return(fresh_run, reward):
     """Sampling its own outputs, the policy finds what the reward model likes; each token's credit is its own reward."""
-    flags = "--train-examples 16 --batch-size 16 --max-steps 24 --learning-rate 3e-2 --max-new-tokens 20"
+    flags = "--train-examples 16 --batch-size 16 --max-steps 32 --learning-rate 3e-2 --max-new-tokens 20"
     flags += " --ground-truth-fraction 0 --length-penalty 0 --gamma 0.01"
     assert fresh_run("ppo", *flags.split(), "--reward", reward) == 0
     returns = [line["return"] for line in journal(fresh_run.folder / "ppo")]
-    assert sum(returns[-4:]) > 1.1 * sum(returns[:4]) > 0
+    assert sum(returns[-4:]) > 1.2 * sum(returns[:4]) > 0
 
 
 def test_ratio_is_one_at_one_update_a_batch(fresh_run, reward):
