@@ -33,7 +33,6 @@ from formats.gptq import inspect_layers
 from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project, split_by_adapter
 from quant import QuantLinear, quantize_blocks
 from speed import cpu, cpu_decoder
-from speed.cpu import few_rows
 from speed.cuda_graph import capture
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def attend_last(q, k, v, length):
     """
     (B, H, _, D), (_, J, S, _) = q.shape, k.shape
     beyond = torch.arange(S, device=q.device) > length[:, None]  # (B, S): padding, or nothing yet
-    with few_rows(B):
+    with cpu.few_rows(B):
         score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
         score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
         return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)

@@ -50,8 +50,7 @@ def few_rows(rows):
 
 class Attention(torch.autograd.Function):
     """F.scaled_dot_product_attention as a CPU does it, forward and backward by MKL: its kernel multiplies one small
-    block after the other. By oneDNN it takes 1.5 times as long with heads of 48 and 365 tokens, 4 times as long with
-    heads of 32 and 117 tokens.
+    block after the other. By oneDNN it takes 1.3 to 3.8 times as long, see docs/speed.md.
     """
 
     @staticmethod
