@@ -150,25 +150,28 @@ def attend_last(q, k, v, length):
 
 
 def attend(q, k, v, visible=None):
-    """Causal attention, or under a mask (B, 1, T, S): q (B, H, T, D), k, v (B, J, S, D) -> q's shape."""
-    if q.device.type != "cpu":
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
-    if visible is not None:
-        visible = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf)
-    return cpu.Attention.apply(q, k, v, visible)
+    """Causal attention, or under a mask (B, 1, T, S): q (B, H, T, D), k, v (B, J, S, D) -> q's shape.
+
+    The mask has no heads, so that no fused kernel, on a CPU or a GPU, makes a (B, H, T, S) of it.
+    """
+    if q.device.type == "cpu":
+        if visible is not None:
+            visible = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf)
+        return cpu.Attention.apply(q, k, v, visible)
+    repeats = q.shape[1] // k.shape[1]
+    if visible is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeats > 1)
+    if repeats > 1:  # the kernel that takes a mask wants as many key heads as query heads
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)  # (B, H, S, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def attend_visible(q, k, v, visible):
     """Attention of rows that begin with a prompt: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
     visible (B, 1, T - P, T): which keys the queries from column P on see. Those before are of prompts in all rows and
-    plainly causal: less work. The mask has no heads, so that no fused kernel, on a CPU or a GPU, makes a (B, H, T, T)
-    of it. Where there is a mask these kernels want as many key heads as query heads.
+    plainly causal: less work.
     """
-    repeats = q.shape[1] // k.shape[1]
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)  # (B, H, T, D)
     P = q.shape[2] - visible.shape[2]
     prompts = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (B, H, P, D)
     return torch.cat([prompts, attend(q[:, :, P:], k, v, visible)], dim=2)

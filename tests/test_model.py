@@ -824,7 +824,9 @@ def test_kept_bytes_are_those_of_a_real_pass(tmp_path, make, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
-    """The same for the layout of shared prompts: its mask and, with grouped heads, the repeated keys are counted."""
+    """The same for the layout of shared prompts: its mask is counted and, with grouped heads, the repeated keys that a
+    GPU needs; a CPU keeps up to an eighth less.
+    """
     theirs(num_key_value_heads=2).save_pretrained(tmp_path)
     real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
     for llama in (real, meta):
@@ -832,7 +834,7 @@ def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
     place = torch.arange(256).repeat(2, 1)
     layout = data.SharedPrompts(place, place, torch.ones(2, 1, 256, 256).tril().bool()[:, :, 1:], place)
     kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", layout=layout)
-    assert estimate.kept_bytes(meta, 2, 256, "reward", shared=True) == pytest.approx(kept, rel=0.05)
+    assert kept < estimate.kept_bytes(meta, 2, 256, "reward", shared=True) < 1.15 * kept
 
 
 def test_kept_bytes_with_recomputation(tmp_path):

@@ -33,6 +33,7 @@ SHORT = "--max-input-tokens 200"
 UNQUANTIZED, BASE = (
     f"--data data/samsum --model {folder} {SHORT} --dtype bfloat16" for folder in (MODEL, f"{RUNS}/main/base")
 )
+XSUM = f"--data data/xsum_test_1000.jsonl --model {RUNS}/main/base --max-input-tokens 600 --dtype bfloat16"
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
 REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3"))  # chosen by `tune`
 SEEDS = (1, 2, 3)
@@ -82,6 +83,12 @@ ROWS = {
     "value warm-up": changed("--value-warmup-steps 20"),
     "KL 0.05": changed("--kl-coef 0.05"),
     "span negatives": rewarded("--hallucinations span"),
+    "xsum": {
+        "reward": f"{XSUM} --seed 1 --train-examples 350 {REWARD}",
+        "mle": f"{XSUM} --seed 1 --train-examples 350 {MLE}",
+        "ppo": f"{XSUM} --seed 1 --train-examples 350 {PPO}",
+        "eval": f"{XSUM} --bleurt none --adapters base,mle,policy",
+    },
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 
