@@ -27,9 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from formats import llama_folder, peft_adapter
+from formats import llama_folder, llama_weights, peft_adapter
 from formats.errors import UserError
-from formats.gptq import inspect_layers
 from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project, split_by_adapter
 from quant import QuantLinear, quantize_blocks
 from speed import cpu, cpu_decoder
@@ -383,15 +382,7 @@ class Llama(nn.Module):
             weight = self.load_copy(name, folder)
         else:
             weight = peft_adapter.read(self, name, folder, self.hash)
-        shape = (1, self.config.hidden_size)
-        if head and (weight is None or weight.shape != shape):
-            raise UserError(
-                f"{folder}: a {name} adapter needs a score head of {shape}; is it the adapter of another stage?"
-            )
-        if not head and weight is not None:
-            raise UserError(
-                f"{folder}: a {name} adapter must not have a score head; is it the adapter of another stage?"
-            )
+        peft_adapter.check_head(folder, name, weight, (1, self.config.hidden_size) if head else None)
         if head:
             owner = self.copies.get(name, self)
             owner.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
@@ -399,11 +390,7 @@ class Llama(nn.Module):
     def load_copy(self, name, folder):
         """Load a whole model under an adapter's name. Returns the weight of its scalar head, or None."""
         copy, weight = load(folder, self.device, torch.float32, weights=self.device.type != "meta", with_head=True)
-        for field_name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
-            if getattr(copy.config, field_name) != getattr(self.config, field_name):
-                raise UserError(
-                    f"{folder}: its {field_name} is not that of the base; name the base it was trained from"
-                )
+        llama_weights.check_same_size(folder, copy.config, self.config)
         copy.config = self.config
         self.copies[name] = copy
         return weight
@@ -531,93 +518,23 @@ def pick(logits, temperature, top_k, top_p, u):
 def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=False):
     """Load a Llama from a Hugging Face folder: dense or 4-bit GPTQ, one safetensors file or shards.
 
-    Every tensor that the model needs must be there, in its shape, and nothing else but what is known to be redundant.
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
     weights=False reads names, types and shapes only, from the files' headers: a model on the meta device.
     with_head: the folder may hold a scalar head in place of the language head; returns (Llama, head (1, C) or None).
     Raises FileNotFoundError or UserError with the folder, the tensor and the remedy.
     """
     folder = Path(folder)
-    config = LlamaConfig(**llama_folder.read_config(folder))
-    tensors = llama_folder.read_tensors(folder, weights)
     with torch.device("meta"):
-        llama = Llama(config)
-        packed = use_packed_layers(llama, tensors, folder)
-    head = tensors.pop("score.weight", None) if with_head else None
-    if head is not None:
-        llama.lm_head = None
-    for name in list(tensors):
-        tied = name == "lm_head.weight" and config.tie_word_embeddings
-        if tied or name.endswith("rotary_emb.inv_freq"):
-            del tensors[name]  # redundant
-    llama_folder.check_tensors(folder, tensors, checkpoint_tensors(llama))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not name.endswith(".scales"):
-            tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
-    state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
-    llama.load_state_dict(state, strict=True, assign=True)
+        llama = Llama(LlamaConfig(**llama_folder.read_config(folder)))
+    head = llama_weights.fill(llama, folder, dtype, weights, with_head)
     llama.folder = folder
-    if weights and packed:
-        inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
     llama = llama.to(device if weights else "meta").requires_grad_(False)
     return (llama, head) if with_head else llama
 
 
-def cast(tensor, dtype, where):
-    """A tensor in another float type. Raises UserError where fp16 has no such number: it would silently become inf."""
-    found = tensor.to(dtype)
-    if dtype == torch.float16 and not tensor.is_meta and not found.isfinite().all():
-        raise UserError(f"{where} has values beyond float16's 65504, or not finite; use --dtype bfloat16 or float32")
-    return found
-
-
-def use_packed_layers(llama, tensors, folder):
-    """Put a QuantLinear under every adapter layer whose tensors are packed. Returns them, {name: QuantLinear}."""
-    quantization = llama.config.quantization
-    packed = [name for name in tensors if name.endswith(".qweight")]
-    if packed and not quantization:
-        raise UserError(
-            f"{folder}: {packed[0]} is 4-bit, but no quantization_config says how; download the model again"
-        )
-    if quantization and not packed:
-        raise UserError(f"{folder}: quantization_config says 4-bit, but no tensor is; download the model again")
-    layers = {}
-    for name, layer in lora_layers(llama):
-        if f"{name}.qweight" not in tensors:
-            continue
-        K, N = layer.base.in_features, layer.base.out_features
-        if K % 8 or N % 8:
-            raise UserError(
-                f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; use the unquantized model"
-            )
-        if not quantization["act_order"]:  # then a file may leave out the order of the groups
-            group_size = quantization["group_size"] if quantization["group_size"] > 0 else K
-            g_idx = torch.arange(K, dtype=torch.int32, device="cpu") // group_size
-            tensors.setdefault(f"{name}.g_idx", g_idx)
-        bias = f"{name}.bias" in tensors or declares_bias(llama.config, name)
-        layer.base = QuantLinear(K, N, quantization["group_size"], bias, quantization["zero_offset"])
-        layers[name] = layer.base
-    return layers
-
-
-def declares_bias(config, name):
-    """Whether config.json gives a projection a bias; name as in "model.layers.0.mlp.up_proj"."""
-    return config.mlp_bias if ".mlp." in name else config.attention_bias
-
-
-def checkpoint_tensors(llama):
-    """{name in a checkpoint: tensor} of the base: adapter layers add a ".base." that files do not have.
-
-    The scalar head of a whole model (--tune full) has the name of a classifier's, as transformers reads it.
-    """
-    names = {name: name.replace(".base.", ".") for name in llama.state_dict()}
-    names |= {f"score.{name}": "score.weight" for name in llama.score}
-    return {names[name]: tensor for name, tensor in llama.state_dict().items()}
-
-
 def save(llama, folder, quantization=None):
     """Write a Hugging Face folder: config.json and model.safetensors. quantization: its quantization_config."""
-    llama_folder.write(folder, asdict(llama.config), checkpoint_tensors(llama), quantization)
+    llama_folder.write(folder, asdict(llama.config), llama_weights.checkpoint_tensors(llama), quantization)
 
 
 @torch.no_grad()

@@ -118,3 +118,11 @@ def read(module, name, folder, base_hash=""):
             parameter.copy_(tensors[key])
             parameter.requires_grad_(False)
     return tensors[head].float() if head in tensors else None
+
+
+def check_head(folder, name, weight, shape):
+    """Raise UserError unless a file's scalar head, or None, has the shape that its use needs; None: no head at all."""
+    found = None if weight is None else tuple(weight.shape)
+    if found != shape:
+        needs = f"needs a score head of {shape}" if shape else "must not have a score head"
+        raise UserError(f"{folder}: a {name} adapter {needs}; is it the adapter of another stage?")

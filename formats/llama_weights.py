@@ -1,0 +1,98 @@
+"""The weights of a Hugging Face folder into a Llama, dense or 4-bit, and the names under which they go out again."""
+
+from functools import partial
+
+import torch
+
+from formats.errors import UserError
+from formats.gptq import inspect_layers
+from formats.llama_folder import check_tensors, read_tensors
+from lora import lora_layers
+from quant import QuantLinear
+
+
+def fill(llama, folder, dtype, weights=True, with_head=False):
+    """Give a Llama on the meta device the tensors of a folder, and QuantLinear layers where they are packed.
+
+    Every tensor that the model needs must be there, in its shape, and nothing else but what is known to be redundant.
+    dtype, weights, with_head: see model.load. Returns the weight of the scalar head, or None.
+    """
+    config = llama.config
+    tensors = read_tensors(folder, weights)
+    with torch.device("meta"):
+        packed = use_packed_layers(llama, tensors, folder)
+    head = tensors.pop("score.weight", None) if with_head else None
+    if head is not None:
+        llama.lm_head = None
+    for name in list(tensors):
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied or name.endswith("rotary_emb.inv_freq"):
+            del tensors[name]  # redundant
+    check_tensors(folder, tensors, checkpoint_tensors(llama))
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not name.endswith(".scales"):
+            tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
+    state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
+    llama.load_state_dict(state, strict=True, assign=True)
+    if weights and packed:
+        inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
+    return head
+
+
+def check_same_size(folder, found, base):
+    """Raise UserError unless a whole model (--tune full) has the sizes of its base; both LlamaConfig."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        if getattr(found, name) != getattr(base, name):
+            raise UserError(f"{folder}: its {name} is not that of the base; name the base it was trained from")
+
+
+def cast(tensor, dtype, where):
+    """A tensor in another float type. Raises UserError where fp16 has no such number: it would silently become inf."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and not tensor.is_meta and not found.isfinite().all():
+        raise UserError(f"{where} has values beyond float16's 65504, or not finite; use --dtype bfloat16 or float32")
+    return found
+
+
+def use_packed_layers(llama, tensors, folder):
+    """Put a QuantLinear under every adapter layer whose tensors are packed. Returns them, {name: QuantLinear}."""
+    quantization = llama.config.quantization
+    packed = [name for name in tensors if name.endswith(".qweight")]
+    if packed and not quantization:
+        raise UserError(
+            f"{folder}: {packed[0]} is 4-bit, but no quantization_config says how; download the model again"
+        )
+    if quantization and not packed:
+        raise UserError(f"{folder}: quantization_config says 4-bit, but no tensor is; download the model again")
+    layers = {}
+    for name, layer in lora_layers(llama):
+        if f"{name}.qweight" not in tensors:
+            continue
+        K, N = layer.base.in_features, layer.base.out_features
+        if K % 8 or N % 8:
+            raise UserError(
+                f"{folder}: {name}: {K} x {N} 4-bit weights do not fill int32 words; use the unquantized model"
+            )
+        if not quantization["act_order"]:  # then a file may leave out the order of the groups
+            group_size = quantization["group_size"] if quantization["group_size"] > 0 else K
+            g_idx = torch.arange(K, dtype=torch.int32, device="cpu") // group_size
+            tensors.setdefault(f"{name}.g_idx", g_idx)
+        bias = f"{name}.bias" in tensors or declares_bias(llama.config, name)
+        layer.base = QuantLinear(K, N, quantization["group_size"], bias, quantization["zero_offset"])
+        layers[name] = layer.base
+    return layers
+
+
+def declares_bias(config, name):
+    """Whether config.json gives a projection a bias; name as in "model.layers.0.mlp.up_proj"."""
+    return config.mlp_bias if ".mlp." in name else config.attention_bias
+
+
+def checkpoint_tensors(llama):
+    """{name in a checkpoint: tensor} of the base: adapter layers add a ".base." that files do not have.
+
+    The scalar head of a whole model (--tune full) has the name of a classifier's, as transformers reads it.
+    """
+    names = {name: name.replace(".base.", ".") for name in llama.state_dict()}
+    names |= {f"score.{name}": "score.weight" for name in llama.score}
+    return {names[name]: tensor for name, tensor in llama.state_dict().items()}
