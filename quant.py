@@ -579,9 +579,3 @@ def collect_hessians(linears, block, hidden, run):
     for handle in handles:
         handle.remove()
     return {name: sums[name] / rows[name] for name in linears}
-
-
-def output_error(weight, packed, hessian):
-    """Mean squared output error of packed tensors against weight (N, K) on inputs of the given Hessian: a float."""
-    difference = dequantize(*packed, zero_offset=1).T - weight.float()  # (N, K)
-    return F.linear(difference, hessian.float()).mul(difference).sum().item() / len(weight)
