@@ -1,0 +1,24 @@
+"""What a stage leaves in its folder: an adapter or a whole model, with tokenizer and model card."""
+
+import model
+from formats.llama_folder import copy_companions
+from training.card import write_card
+
+
+def save_trained(settings, llama, tokenizer, name, folder):
+    """Write what a stage has trained: an adapter, or with --tune full a whole model."""
+    if name in llama.copies:
+        folder.mkdir(exist_ok=True)
+        save_model(settings, llama.copies[name], tokenizer, folder)
+    else:
+        llama.save_adapter(name, folder, settings.model)
+    write_card(settings, llama.folder, folder, name)
+
+
+def save_model(settings, llama, tokenizer, folder, quantization=None):
+    """Write a whole model: weights, config, and the base's tokenizer files."""
+    model.save(llama, folder, quantization)
+    eos_text = None if tokenizer.own_eos else tokenizer.end
+    copy_companions(llama.folder, folder, llama.config.eos_token_id, eos_text)
+    if settings.template and tokenizer.own_eos:  # llama3 and chatml are found again by their tokens
+        (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")

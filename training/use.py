@@ -1,0 +1,90 @@
+"""The commands that use what was trained: sample, predict and merge."""
+
+from functools import partial
+
+import torch
+
+import data
+import model
+from formats.errors import UserError
+from formats.tables import read_inputs
+from training import chat, ranks
+from training.card import write_card
+from training.dry_run import dry_run, merged_memory
+from training.folders import stage_folder
+from training.inputs import adapter_folder, context_left, generator, load_column, load_columns, open_base
+from training.outputs import save_model
+from training.predictions import Predictions, row_luck
+from training.terminal import progress, say
+
+
+def answer(settings, text):
+    """Print the outputs for one input; in a terminal, where none is given, for each that is typed."""
+    s = settings
+    text = chat.given_text(text)
+    llama, tokenizer = open_base(s)
+    adapters = load_columns(s, llama, s.adapter)
+    limit = context_left(s, llama)
+    if s.dry_run:
+        return dry_run(s, llama, samples=True)
+    rngs = {name: generator(s, "sample", device=s.device) for name in adapters}
+
+    def answer_one(text):
+        prompt = tokenizer.prompts([text])[0]
+        if len(prompt) > limit:
+            raise UserError(
+                f"{len(prompt)} tokens of text and template and {s.max_new_tokens} new ones, but the model reads "
+                f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
+            )
+        for name, adapter in adapters.items():
+            output = chat.Output(tokenizer.decode, label=f"{name}: " if len(adapters) > 1 else "")
+            sampling = (s.max_new_tokens, s.temperature, rngs[name], s.top_k, s.top_p)
+            response = model.sample(llama, [prompt], adapter, *sampling, each=output.add)
+            output.end(response[0])
+
+    if text is None:
+        chat.converse(answer_one)
+    else:
+        answer_one(text)
+
+
+def predict(settings):
+    """Outputs for a file of inputs, in its order; what an earlier call has written is kept."""
+    s = settings
+    inputs = read_inputs(s.input, s.input_column, s.delimiter)
+    llama, tokenizer = open_base(s)
+    adapter = load_column(s, llama, s.adapter)
+    prompts = tokenizer.prompts([source for _, source in inputs])
+    limit = context_left(s, llama)
+    if s.dry_run:
+        rows = [data.Datum("", "", "", prompt, []) for prompt in prompts if len(prompt) <= limit]
+        return dry_run(s, llama, rows, samples=True)
+    file = Predictions(s, inputs, llama, tokenizer) if ranks.first() else None
+    for rows in progress("predict")(ranks.from_first(file and file.batches())):
+        short = [i for i in rows if len(prompts[i]) <= limit]
+        limits = {"max_new_tokens": s.max_new_tokens, "top_k": s.top_k, "top_p": s.top_p}
+        sampler = partial(model.sample, llama, adapter=adapter, temperature=s.temperature, **limits)
+        responses = ranks.dealt(sampler, row_luck(s, short))([prompts[i] for i in short])
+        texts = [tokenizer.decode(response) for response in responses]
+        if ranks.first():
+            file.append(rows, dict(zip(short, texts, strict=True)))
+    if file:
+        file.close()
+    long = sum(len(prompt) > limit for prompt in prompts)
+    written = f"{len(inputs)} rows in {file.path}" if file else ""
+    say(f"predict: {written}, {long} of them over {limit} tokens and without an output")
+
+
+def merge(settings):
+    """Base and adapter as one dense Hugging Face folder, for tools that know no adapters and no GPTQ."""
+    with stage_folder(settings, "merge") as folder:
+        llama, tokenizer = open_base(settings)
+        llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
+        llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
+        if llama.copies:
+            raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
+        if settings.dry_run:
+            return dry_run(settings, llama, extra=merged_memory(settings, llama))
+        model.merge(llama, "merged", getattr(torch, settings.dtype))
+        save_model(settings, llama, tokenizer, folder)
+        write_card(settings, llama.folder, folder, "merge")
