@@ -19,7 +19,8 @@ This file contains the training loops: base, reward model, control, PPO. Every l
 PPO samples the batch's outputs after `collate`, every second time, and judges them before the loss.
 
 A loop trains one stage; its step function makes one update. What all stages share (settings, folders, resume, log) is
-in training/, and so are the last three commands (training/use.py). Read next: data.py, model.py (with lora.py and quant.py), ppo.py, eval.py.
+in training/, and so are the last three commands (training/use.py). Read next: data.py, model.py (with lora.py and
+quant.py), ppo.py, eval.py.
 
 Paper: Solway 2024, arXiv 2408.16753. Dimensions: B batch, T time.
 """
