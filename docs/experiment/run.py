@@ -76,6 +76,7 @@ ROWS = {
         "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
         "eval": judged("mle,policy"),
     } for seed in SEEDS},
+    "make real": {},  # by that command, with its default seed, 1337
     "draw 4": drawn(4),
     "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
@@ -83,6 +84,12 @@ ROWS = {
     "value warm-up": changed("--value-warmup-steps 20"),
     "KL 0.05": changed("--kl-coef 0.05"),
     "span negatives": rewarded("--hallucinations span"),
+    "mle samples": {
+        "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
+        "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples mle",
+        "ppo": f"{BASE} --seed 3 {TRAIN} {PPO}",
+        "eval": judged("policy"),
+    },
     "xsum": {
         "reward": f"{XSUM} --seed 1 --train-examples 350 {REWARD}",
         "mle": f"{XSUM} --seed 1 --train-examples 350 {MLE}",
@@ -91,10 +98,12 @@ ROWS = {
     },
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
+PLACES = {"make real": Path("runs/smollm2-samsum")}
+COMPARED = {"mle samples": "seed 3"}  # with which row's outputs; the others with those of "seed 1"
 
 
 def folder_of(row):
-    return RUNS / row.replace(" ", "-")
+    return PLACES.get(row, RUNS / row.replace(" ", "-"))
 
 
 def run(row):
@@ -140,11 +149,9 @@ def collect():
             one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
-            elif (folder_of("seed 1") / "eval").exists() and "tune" not in row:
+            elif (folder_of(other := COMPARED.get(row, "seed 1")) / "eval").exists() and "tune" not in row:
                 shared = [column for column in ("mle", "policy") if column in one["scores"]]
-                one["less that of seed 1"] = {
-                    column: difference((row, column), ("seed 1", column)) for column in shared
-                }
+                one[f"less that of {other}"] = {column: difference((row, column), (other, column)) for column in shared}
         if len(one) > 1:
             found[row] = one
     return found
@@ -165,7 +172,9 @@ def tables(found):
             cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
             scores.append([row, column, str(one["facts"]["n"]), *cells])
         pairs = {"policy less mle": one["policy less mle"]} if "policy less mle" in one else {}
-        pairs |= {f"{column} less seed 1's": numbers for column, numbers in one.get("less that of seed 1", {}).items()}
+        for other in SEEDS:
+            less = one.get(f"less that of seed {other}", {})
+            pairs |= {f"{column} less seed {other}'s": numbers for column, numbers in less.items()}
         for name, numbers in pairs.items():
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
             differences.append([f"{row}: {name}", *cells])
