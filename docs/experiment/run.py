@@ -189,8 +189,11 @@ def tables(found):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         stored = ROOT / "docs/experiment/results.json"
-        found = json.loads(stored.read_text()) | collect()  # rows whose folders are on another machine stay
-        found = {row: found[row] for row in dict.fromkeys([*ROWS, *found]) if row in found}
+        before, found = json.loads(stored.read_text()), collect()
+        found = {  # what this machine lacks of a row, or a whole row, stays
+            row: before.get(row, {}) | found.get(row, {})
+            for row in dict.fromkeys([*ROWS, *before]) if row in before or row in found
+        }  # fmt: skip
         print(*map(evaluation.markdown, tables(found)), sep="\n\n")
         training_files.write_json(stored, found)
     else:
