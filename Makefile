@@ -45,7 +45,7 @@ CONFIG ?= configs/smollm2-samsum.toml
 REAL   ?= runs/smollm2-samsum
 CHAT    = $(if $(filter file default undefined,$(origin MODEL)),HuggingFaceTB/SmolLM2-135M-Instruct,$(MODEL))
 
-real:     ## SmolLM2-135M-Instruct on SAMSum: quantize, reward, mle, ppo, eval, tables, report; about 90 minutes
+real:     ## SmolLM2-135M-Instruct on SAMSum: quantize, reward, mle, ppo, eval, tables, report; 70 minutes of one core
 real: .venv/run
 	@for stage in quantize reward mle ppo $(if $(findstring --dry-run,$(FLAGS)),,eval tables report); do \
 	  folder=$$stage; flags="$(FLAGS)"; \
