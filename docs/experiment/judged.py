@@ -23,11 +23,11 @@ import torch  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
-import ppo  # noqa: E402
 from eval import auc, markdown  # noqa: E402
 from training import files as training_files  # noqa: E402
 from training import results  # noqa: E402
-from training.settings import Ppo  # noqa: E402
+from training.reward_report import heldout_scores  # noqa: E402
+from training.settings import Ppo, Reward  # noqa: E402
 
 FORMATS = {"mean score": ".3f", "above the reference": ".2f", "AUC of references": ".3f", "AUC of faithful": ".2f",
            "tokens": ".1f", "beyond the reference": ".2f", "r / 2.5": ".2f"}  # fmt: skip
@@ -43,10 +43,12 @@ def main(row, judge=None):
     llama.load_adapter("reward", reward, head=True)
     outputs = results.read_outputs(run.folder_of(row) / "eval")
     read = json.loads((HERE / "reading.json").read_text()).get(row, {})
-    truth, reference = scores(llama, tokenizer, outputs["source"], outputs["reference"])  # (n,) each
+    columns = [column for column in ("base", "mle", "policy") if column in outputs]
+    judged = scores(llama, tokenizer, outputs, ["reference", *columns])
+    truth, reference = judged["reference"]  # (n,) each
     found = {"reference": {"mean score": truth.mean(), "tokens": reference.mean()}}
-    for column in [column for column in ("base", "mle", "policy") if column in outputs]:
-        score, length = scores(llama, tokenizer, outputs["source"], outputs[column])  # (n,) each
+    for column in columns:
+        score, length = judged[column]  # (n,) each
         found[column] = {
             "mean score": score.mean(), "above the reference": (score > truth).mean(),
             "AUC of references": auc(truth, score), "tokens": length.mean(),
@@ -67,21 +69,17 @@ def main(row, judge=None):
     print(markdown([["column", *FORMATS], *cells]))
 
 
-@torch.inference_mode()
-def scores(llama, tokenizer, sources, texts):
-    """(mean score of each text's tokens, EOS included unless the cap cut it; how many they are): two arrays (n,)."""
-    rows = []
-    for prompt, response in zip(tokenizer.prompts(sources), tokenizer.encode(texts), strict=True):
-        response = [*response, tokenizer.eos][: Ppo.max_new_tokens]
-        rows.append(data.Datum("", "", "", prompt, response))
-    found = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-    for start in range(0, len(order), 14):
-        index = order[start : start + 14]
-        batch = data.collate([rows[i] for i in index])
-        score = ppo.token_scores(llama, batch)  # (B, T)
-        found[index] = (score.sum(1) / batch.mask.sum(1)).tolist()
-    return found, np.array([len(row.response) for row in rows])
+def scores(llama, tokenizer, outputs, columns):
+    """{column: (mean score of each output, number of its tokens)}, (n,) each; EOS counts unless the cap cut it."""
+    prompts = tokenizer.prompts(outputs["source"])
+    rows = {}
+    for column in columns:
+        responses = [[*ids, tokenizer.eos][: Ppo.max_new_tokens] for ids in tokenizer.encode(outputs[column])]
+        pairs = zip(prompts, responses, strict=True)
+        rows[column] = [data.Datum("", "", "", prompt, response, kind=column) for prompt, response in pairs]
+    together = [row for same_prompt in zip(*rows.values(), strict=True) for row in same_prompt]
+    found, _, _ = heldout_scores(Reward(device="cpu"), llama, together)
+    return {column: (np.array(found[column]), np.array([len(row.response) for row in rows[column]])) for column in rows}
 
 
 if __name__ == "__main__":
