@@ -46,9 +46,10 @@ def judged(adapters, base=BASE):
     return f"{base} --bleurt none --test-examples 300 --adapters {adapters}"
 
 
-def changed(flags):
-    """PPO as in the row `seed 1`, but for the flags."""
-    return {"ppo": f"{BASE} --seed 1 {TRAIN} {JUDGE} {PPO} {flags}", "eval": judged("policy")}
+def changed(flags, seed=1):
+    """PPO as in the row `seed 1` (or another), but for the flags."""
+    judge = f"--reward {RUNS}/seed-{seed}/reward"
+    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {judge} {PPO} {flags}", "eval": judged("policy")}
 
 
 def drawn(seed):
@@ -77,18 +78,26 @@ ROWS = {
         "eval": judged("mle,policy"),
     } for seed in SEEDS},
     "make real": {},  # by that command, with its default seed, 1337
+    "make real, all test rows": {"eval": judged("base,mle,policy").replace("--test-examples 300", "--test-examples 0")},
     "draw 4": drawn(4),
     "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
-    "value warm-up": changed("--value-warmup-steps 20"),
-    "KL 0.05": changed("--kl-coef 0.05"),
+    "value warm-up": changed("--value-warmup-steps 20", seed=3),
+    "KL 0.05": changed("--kl-coef 0.05", seed=3),
+    "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded("--hallucinations span"),
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples mle",
         "ppo": f"{BASE} --seed 3 {TRAIN} {PPO}",
         "eval": judged("policy"),
+    },
+    "1000 pairs": {
+        "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD}",
+        "mle": f"{BASE} --seed 3 --train-examples 1000 {MLE}",
+        "ppo": f"{BASE} --seed 3 --train-examples 1000 {PPO}",
+        "eval": judged("mle,policy"),
     },
     "xsum": {
         "reward": f"{XSUM} --seed 1 --train-examples 350 {REWARD}",
@@ -99,7 +108,9 @@ ROWS = {
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": Path("runs/smollm2-samsum")}
-COMPARED = {"mle samples": "seed 3"}  # with which row's outputs; the others with those of "seed 1"
+ADAPTERS_OF = {"make real, all test rows": "make real"}
+AFTER_SEED_3 = ("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs")
+COMPARED = {row: "seed 3" for row in AFTER_SEED_3}  # with which row's outputs; the others with those of "seed 1"
 
 
 def folder_of(row):
@@ -107,6 +118,11 @@ def folder_of(row):
 
 
 def run(row):
+    if row in ADAPTERS_OF:
+        folder_of(row).mkdir(parents=True, exist_ok=True)
+        for stage in ("mle", "ppo"):
+            if not (link := folder_of(row) / stage).exists():
+                link.symlink_to((folder_of(ADAPTERS_OF[row]) / stage).absolute())
     for stage, flags in ROWS[row].items():
         place = folder_of(row) / FOLDER.get(stage, stage)
         if not place.exists():
