@@ -30,8 +30,10 @@ from training import results  # noqa: E402
 RUNS = Path("runs/experiment")
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
 SHORT = "--max-input-tokens 200"
-UNQUANTIZED, BASE = (
-    f"--data data/samsum --model {folder} {SHORT} --dtype bfloat16" for folder in (MODEL, f"{RUNS}/main/base")
+MAKE_REAL = Path("runs/smollm2-samsum")  # where that command writes
+UNQUANTIZED, BASE, REAL_BASE = (
+    f"--data data/samsum --model {folder} {SHORT} --dtype bfloat16"
+    for folder in (MODEL, f"{RUNS}/main/base", f"{MAKE_REAL}/base")
 )
 XSUM = f"--data data/xsum_test_1000.jsonl --model {RUNS}/main/base --max-input-tokens 600 --dtype bfloat16"
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
@@ -42,8 +44,8 @@ JUDGE = f"--reward {RUNS}/seed-1/reward"
 TUNE_JUDGE = f"--reward {RUNS}/tune-reward-1e-3/reward"
 
 
-def judged(adapters, base=BASE):
-    return f"{base} --bleurt none --test-examples 300 --adapters {adapters}"
+def judged(adapters, base=BASE, count=300):
+    return f"{base} --bleurt none --test-examples {count} --adapters {adapters}"
 
 
 def changed(flags, seed=1):
@@ -78,7 +80,7 @@ ROWS = {
         "eval": judged("mle,policy"),
     } for seed in SEEDS},
     "make real": {},  # by that command, with its default seed, 1337
-    "make real, all test rows": {"eval": judged("base,mle,policy").replace("--test-examples 300", "--test-examples 0")},
+    "make real, all test rows": {"eval": judged("base,mle,policy", REAL_BASE, count=0)},
     "draw 4": drawn(4),
     "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
@@ -107,7 +109,7 @@ ROWS = {
     },
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
-PLACES = {"make real": Path("runs/smollm2-samsum")}
+PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real"}
 AFTER_SEED_3 = ("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs")
 COMPARED = {row: "seed 3" for row in AFTER_SEED_3}  # with which row's outputs; the others with those of "seed 1"
