@@ -5,9 +5,9 @@ products read them at a third of the memory's speed. So q, k and v become one ma
 matrices are laid out as oneDNN multiplies few rows fastest. Without this, model.sample calls model.decode: the same
 logits to rounding.
 
-Where the base is bf16 and the CPU multiplies bf16, the weights are kept in bf16, half as much to read, and an adapter
-is two more products, in fp32: bf16 has 8 bits, and W + B A would lose what is small in B A. Otherwise all weights are
-fp32, the adapter folded in. All between the products is fp32.
+Where the base is bf16 and the CPU multiplies bf16, the weights are kept in bf16, half as much to read. bf16 has 8 bits,
+and W + B A would lose what is small in B A: so an adapter's B stands beside W as further columns, for which x A^T makes
+the further inputs. Otherwise all weights are fp32, the adapter folded in. All between the products is fp32.
 
 Dimensions: B rows, C width, H query heads, J key/value heads, D head size, F width of the MLP, S columns of the cache,
 K inputs and N outputs of a product, R ranks of the adapters of its layers.
@@ -25,27 +25,24 @@ LARGE = 1 << 18  # numbers in a matrix from which oneDNN's own layout pays
 
 
 class Product:
-    """x (B, K) -> x W^T (B, N) or, with an adapter (A (R, K), B (N, R)), x W^T + (x A^T) B^T, for a weight (N, K)."""
+    """x (B, K) -> x W^T (B, N), for a weight W (N, K); with A (R, K), W (N, K + R): [x, x A^T] W^T."""
 
-    def __init__(self, weight, rows, adapter=None):
+    def __init__(self, weight, rows, A=None):
         self.packed = self.columns = None
         self.dtype = weight.dtype
-        self.adapter = adapter and (adapter[0].T.contiguous(), adapter[1].T.contiguous())
+        self.A = None if A is None else A.T.contiguous()  # (K, R) fp32
         if weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         else:
             self.columns = weight.T.contiguous()  # (K, N)
 
     def __call__(self, x):
-        rounded = x.to(self.dtype)
+        if self.A is not None:
+            x = torch.cat((x, x @ self.A), dim=1)  # (B, K + R)
+        x = x.to(self.dtype)
         if self.packed is None:
-            y = (rounded @ self.columns).float()
-        else:
-            y = torch.ops.mkldnn._linear_pointwise(rounded, self.packed, None, "none", [], "").float()
-        if self.adapter is None:
-            return y
-        A, B = self.adapter
-        return y.addmm_(x @ A, B)
+            return (x @ self.columns).float()
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "").float()
 
 
 @dataclass(frozen=True)
@@ -106,23 +103,22 @@ def layers_of(llama, adapter, rows):
 def product(layers, adapter, rows, bf16):
     """One Product of the layers with one input, their outputs side by side."""
     if bf16:
-        return Product(merged(layers, None).bfloat16(), rows, side_by_side(layers, adapter))
+        weight, (A, B) = merged(layers, None), side_by_side(layers, adapter)
+        return Product(torch.cat((weight, B), dim=1).bfloat16(), rows, A if len(A) else None)
     return Product(merged(layers, adapter), rows)
 
 
 def side_by_side(layers, adapter):
-    """The adapter of several layers as one, (A (R, K), B (N, R)), B block by block; None where none has it."""
-    with_it = [layer for layer in layers if adapter in layer.lora_A]
-    if not with_it:
-        return None
-    A = torch.cat([layer.lora_A[adapter] for layer in with_it])
-    blocks = []
+    """The adapter of several layers as one, (A (R, K), B (N, R)), B block by block; R = 0 where none has it."""
+    A, B = [], []
     for layer in layers:
         if adapter in layer.lora_A:
-            blocks.append(layer.scaling[adapter] * layer.lora_B[adapter])
+            A.append(layer.lora_A[adapter])
+            B.append(layer.scaling[adapter] * layer.lora_B[adapter])
         else:
-            blocks.append(torch.zeros(layer.base.out_features, 0))
-    return A.detach(), torch.block_diag(*blocks).detach()
+            A.append(torch.zeros(0, layer.base.in_features))
+            B.append(torch.zeros(layer.base.out_features, 0))
+    return torch.cat(A).detach(), torch.block_diag(*B).detach()
 
 
 def merged(layers, adapter):
@@ -155,7 +151,6 @@ def decoder(llama, adapter, cache, rope_table, rotate):
     embed, last_norm, eps = llama.model.embed_tokens.weight, llama.model.norm.weight.float(), config.rms_norm_eps
     cache.k, cache.v = cache.k.float(), cache.v.float()
 
-    @by_mkl()  # attention; oneDNN would first copy the cache
     def step(token):
         B = len(token)
         length = cache.length
@@ -169,7 +164,8 @@ def decoder(llama, adapter, cache, rope_table, rotate):
             turned = rotate(heads[:, : H + J], cos, sin)  # (B, H + J, 1, D)
             k, v = cache.update(i, turned[:, H:], heads[:, H + J :])  # (B, J, all columns, D)
             q = (turned[:, :H] * D**-0.5).view(B, J, H // J, D)
-            score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
+            with by_mkl():  # oneDNN would first copy the keys
+                score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
             y = score.softmax(-1) @ v[:, :, :S]  # (B, J, H/J, D)
             x = x + layer.o(y.view(B, H * D))
             gate, up = layer.gate_up(F.rms_norm(x, (C,), layer.mlp_norm, eps)).chunk(2, dim=-1)  # (B, F) each
