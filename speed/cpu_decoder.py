@@ -103,8 +103,8 @@ def layers_of(llama, adapter, rows):
 def product(layers, adapter, rows, bf16):
     """One Product of the layers with one input, their outputs side by side."""
     if bf16:
-        weight, (A, B) = merged(layers, None), side_by_side(layers, adapter)
-        return Product(torch.cat((weight, B), dim=1).bfloat16(), rows, A if len(A) else None)
+        weight, (A, B) = merged(layers, None).bfloat16(), side_by_side(layers, adapter)
+        return Product(torch.cat((weight, B.bfloat16()), dim=1), rows, A if len(A) else None)
     return Product(merged(layers, adapter), rows)
 
 
