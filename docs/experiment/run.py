@@ -111,8 +111,11 @@ ROWS = {
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real"}
-AFTER_SEED_3 = ("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs")
-COMPARED = {row: "seed 3" for row in AFTER_SEED_3}  # with which row's outputs; the others with those of "seed 1"
+COMPARED = {  # with the outputs of which row
+    **dict.fromkeys(("no EOS in labels", "init mle", "span negatives"), "seed 1"),
+    **dict.fromkeys(("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs"), "seed 3"),
+}
+REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
 
 
 def folder_of(row):
@@ -167,7 +170,7 @@ def collect():
             one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
-            elif (folder_of(other := COMPARED.get(row, "seed 1")) / "eval").exists() and "tune" not in row:
+            if row in COMPARED and (folder_of(other := COMPARED[row]) / "eval").exists():
                 shared = [column for column in ("mle", "policy") if column in one["scores"]]
                 one[f"less that of {other}"] = {column: difference((row, column), (other, column)) for column in shared}
         if len(one) > 1:
@@ -190,13 +193,13 @@ def tables(found):
             cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
             scores.append([row, column, str(one["facts"]["n"]), *cells])
         pairs = {"policy less mle": one["policy less mle"]} if "policy less mle" in one else {}
-        for other in SEEDS:
-            less = one.get(f"less that of seed {other}", {})
-            pairs |= {f"{column} less seed {other}'s": numbers for column, numbers in less.items()}
+        if other := COMPARED.get(row):
+            less = one.get(f"less that of {other}", {})
+            pairs |= {f"{column} less {other}'s": numbers for column, numbers in less.items()}
         for name, numbers in pairs.items():
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
             differences.append([f"{row}: {name}", *cells])
-    compared = [one["scores"] for one in found.values() if "policy less mle" in one]  # every seed and every draw
+    compared = [found[row]["scores"] for row in REPEATS if "policy less mle" in found.get(row, {})]
     for column in [column for column in COLUMNS if len(compared) > 1 and all(column in score for score in compared)]:
         values = {m: [score[column][m] for score in compared] for m in METRICS}
         cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in values.values()]
