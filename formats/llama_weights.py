@@ -32,7 +32,7 @@ def fill(llama, folder, dtype, weights=True, with_head=False):
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(".scales"):
             tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
-    state = {name: tensors[name.replace(".base.", ".")] for name in llama.state_dict()}
+    state = {name: tensors[name_in_files(name)] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
     if weights and packed:
         inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
@@ -89,10 +89,14 @@ def declares_bias(config, name):
 
 
 def checkpoint_tensors(llama):
-    """{name in a checkpoint: tensor} of the base: adapter layers add a ".base." that files do not have.
+    """{name in a checkpoint: tensor} of the base.
 
     The scalar head of a whole model (--tune full) has the name of a classifier's, as transformers reads it.
     """
-    names = {name: name.replace(".base.", ".") for name in llama.state_dict()}
-    names |= {f"score.{name}": "score.weight" for name in llama.score}
-    return {names[name]: tensor for name, tensor in llama.state_dict().items()}
+    heads = {f"score.{name}": "score.weight" for name in llama.score}
+    return {heads.get(name) or name_in_files(name): tensor for name, tensor in llama.state_dict().items()}
+
+
+def name_in_files(name):
+    """The name of one of our tensors in a checkpoint: adapter layers add a ".base." that files do not have."""
+    return name.replace(".base.", ".")
