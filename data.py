@@ -388,12 +388,13 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
 APART = {"positive": 0, "mismatched": 2}  # the others: 1
 
 
-def grouped_batches(rows, batch_size, seed, epoch, most=3, pool=16):
+def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
     """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
 
-    Three, not a datum's six, and the truth apart from the mismatched output, which is most like it: with both in one
-    batch a reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are shuffled,
-    cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows on average.
+    By default three, not a datum's six, and the truth apart from the mismatched output, which is most like it: with
+    both in one batch a small reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of
+    rows are shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has
+    batch_size rows on average.
     """
 
     def place(i):
@@ -430,14 +431,17 @@ def layout_length(rows, group):
     return len(rows[group[0]].prompt) + sum(len(rows[i].response) for i in group)
 
 
-def epochs(rows, batch_size, seed, share_prompts=False):
-    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers."""
+def epochs(rows, batch_size, seed, rows_per_prompt=1):
+    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers.
+
+    rows_per_prompt: 1: rows are shuffled one by one; more, or 0: those of a prompt together, see `grouped_batches`.
+    """
     lengths = [len(row.prompt) + len(row.response) for row in rows]
     for epoch in itertools.count():
-        if share_prompts:
-            yield from grouped_batches(rows, batch_size, seed, epoch)
-        else:
+        if rows_per_prompt == 1:
             yield from batches(lengths, batch_size, seed, epoch)
+        else:
+            yield from grouped_batches(rows, batch_size, seed, epoch, rows_per_prompt)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def test_fourteen_rows_a_step_on_average():
     by halves of a datum's rows, unless whole groups are asked for.
     """
     rows = [data.Datum("", "", "", [i], [0]) for i in range(70) for _ in range(6)]
-    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0))) == {12: 10, 15: 20}
+    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=3))) == {12: 10, 15: 20}
     assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=0))) == {12: 20, 18: 10}
 
 
@@ -170,6 +170,27 @@ def test_the_stage_shares_by_default(fresh_run):
     assert plain.keys() == shared.keys()
     other = load_file(fresh_run.folder / "reward/adapter_model.safetensors")
     assert any(not torch.equal(weights[name], other[name]) for name in weights)  # batches are composed otherwise
+
+
+@pytest.mark.parametrize("most", [1, 3, 0])
+def test_rows_per_prompt_says_how_many_share_a_batch(fresh_run, monkeypatch, most):
+    """`reward --rows-per-prompt N` deals a datum's six rows to batches by N, 0: all of them to one; what the flag saves
+    depends on it.
+    """
+    step, batches = lastmile.reward_step, []
+
+    def watched(llama, batch, *rest):
+        batches.append([row.source for row in batch.rows])
+        return step(llama, batch, *rest)
+
+    monkeypatch.setattr(lastmile, "reward_step", watched)
+    flags = ["--train-examples", "14", "--eval-examples", "2", "--max-new-tokens", "40", "--rows-per-prompt", str(most)]
+    assert fresh_run("reward", *flags) == 0
+    together = {n for batch in batches for n in Counter(batch).values()}
+    if most == 0:
+        assert together == {6}
+    else:  # two groups of a datum may meet
+        assert most in together and all(n % most == 0 for n in together)
 
 
 @pytest.mark.gpu

@@ -139,7 +139,7 @@ def largest_batch(settings, rows, responses):
 def largest_layout(settings, rows):
     """`largest_batch` for the layout of shared prompts, (G, S), of an epoch."""
     shapes = []
-    for index in data.grouped_batches(rows, settings.batch_size, settings.seed, 0):
+    for index in data.grouped_batches(rows, settings.batch_size, settings.seed, 0, settings.rows_per_prompt):
         size = settings.micro_batch_size or len(index)
         for start in range(0, len(index), size):
             groups = data.same_prompt(rows, index[start : start + size])

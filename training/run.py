@@ -234,8 +234,8 @@ class Run:
         """Yield (step, learning rate, Batch) of the steps that remain; save and stop between them when it is time."""
         s = self.settings
         steps = number_of_steps(s, self.rows)
-        shared = getattr(s, "share_prompts", False)
-        order = itertools.islice(data.epochs(self.rows, s.batch_size, s.seed, shared), self.first, steps)
+        together = s.rows_per_prompt if getattr(s, "share_prompts", False) else 1
+        order = itertools.islice(data.epochs(self.rows, s.batch_size, s.seed, together), self.first, steps)
         for step, index in enumerate(order, self.first):
             batch = data.collate([self.rows[i] for i in index], s.device)
             self.step = step

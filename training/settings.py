@@ -185,6 +185,12 @@ class Reward(Training):
     share_prompts: bool = opt(
         True, "pass over a prompt once for all rows that have it: the same scores, less work; off: row by row"
     )
+    rows_per_prompt: int = opt(
+        3,
+        "rows of one prompt in a batch, at most, where prompts are shared; 0: all six, less work still, but a small "
+        "model learns less from it (choice; docs/speed.md)",
+        least=0,
+    )
     level: str = opt(
         "token",
         "score each token (P 3.2), or the sequence by its last token (beyond P)",

@@ -89,6 +89,7 @@ ROWS = {
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded("--hallucinations span"),
+    "all six rows": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --rows-per-prompt 0"},
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples mle",

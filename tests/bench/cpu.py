@@ -9,8 +9,8 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
     statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
     a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
 C4  the reward stage on 7 data of SAMSum's lengths, six rows each, 14 rows a step: an update on every one of the 42 rows
-    with prompts shared (the default) and not, against transformers + PEFT as people write it (a linear head on every
-    token, the rows padded). Peak memory beside it.
+    with prompts shared by three rows (the default), by all six, and by none, against transformers + PEFT as people
+    write it (a linear head on every token, the rows padded). Peak memory beside it.
 C5  bf16 beside fp32, both ours: a step of C2 and the sampling of C1, on a CPU that multiplies bf16 in hardware; on
     another it is left out.
 
@@ -262,22 +262,23 @@ def c4(size, seconds, results):
     steps.add_adapters("reward", llama, s)
     theirs = RewardOfPeers(llama)
     rows = samsum_rows()
+    ways = {"shared": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
     batches = {}
-    for shared in (True, False):
-        order = itertools.islice(data.epochs(rows, s.batch_size, 0, shared), 3)  # of 14 rows on average: an epoch
-        batches[shared] = [data.collate([rows[i] for i in index]) for index in order]
-        assert sum(len(batch.rows) for batch in batches[shared]) == len(rows)
+    for way, most in ways.items():
+        order = itertools.islice(data.epochs(rows, s.batch_size, 0, most), 3)  # of 14 rows on average: an epoch
+        batches[way] = [data.collate([rows[i] for i in index]) for index in order]
+        assert sum(len(batch.rows) for batch in batches[way]) == len(rows)
     update = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
     learned = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0)
 
-    def ours(shared):
-        for batch in batches[shared]:
+    def ours(way):
+        for batch in batches[way]:
             weight = batch.weight.sum().item()
-            lastmile.reward_step(llama, batch, update, 1e-5, weight, shared=shared)
+            lastmile.reward_step(llama, batch, update, 1e-5, weight, shared=way != "not shared")
 
     def peers():
-        for batch in batches[False]:
+        for batch in batches["not shared"]:
             length = batch.prompt_len + batch.mask.sum(1)  # (B,)
             mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
             loss = ppo.reward_loss(theirs(batch.tokens, mask), batch)
@@ -286,7 +287,7 @@ def c4(size, seconds, results):
             adamw.step()
             adamw.zero_grad()
 
-    batch = batches[False][0]
+    batch = batches["not shared"][0]
     with torch.no_grad():
         length = batch.prompt_len + batch.mask.sum(1)
         mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
@@ -294,22 +295,22 @@ def c4(size, seconds, results):
         losses.append(ppo.reward_loss(theirs(batch.tokens, mask), batch).item())
     assert max(losses) - min(losses) < 1e-4, losses
     peaks = {}
-    for name, run in (("shared", partial(ours, True)), ("not shared", partial(ours, False)), ("theirs", peers)):
+    for name, run in {**{way: partial(ours, way) for way in ways}, "theirs": peers}.items():
         peaks[name] = in_child_peak(run)
     note = "peak above the models: " + ", ".join(f"{name} {peak / 1e6:.0f} MB" for name, peak in peaks.items())
     laps = common.race(
         {
-            "shared": common.by_onednn(partial(ours, True)),
-            "not shared": common.by_onednn(partial(ours, False)),
+            **{way: common.by_onednn(partial(ours, way)) for way in ways},
             "theirs": peers,
             "theirs by oneDNN": common.by_onednn(peers),
         },
         seconds,
         least=3,
     )
-    for what in ("shared", "not shared"):
-        add_line("C4", size, what, laps[what], laps["theirs"], laps["theirs by oneDNN"], results, note)
-    compare(f"C4 {size} shared over not shared", laps["shared"], laps["not shared"], results, "2x")
+    for way in ways:
+        add_line("C4", size, way, laps[way], laps["theirs"], laps["theirs by oneDNN"], results, note)
+    for way in ("shared", "shared by six"):
+        compare(f"C4 {size} {way} over not shared", laps[way], laps["not shared"], results, "2x")
 
 
 def c5(size, seconds, results):

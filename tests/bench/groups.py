@@ -8,7 +8,6 @@ datum's six rows, and whole groups. One line of OUT/groups.jsonl a run; what is 
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import common  # noqa: F401 -- first: it makes the engine importable
@@ -22,9 +21,9 @@ from training import command_line
 from training.folders import commit
 from training.inputs import load_rows
 
-# name: rows of one prompt that share a batch, 0: all. Halves are of rows at random; contrast has the truth and the
-# mismatched output in the same half, apart, the default, in different ones.
-COMPOSITIONS = {"rows": None, "halves": 3, "groups": 0, "contrast": 3, "apart": 3}
+# name: --rows-per-prompt. Halves are of rows at random; contrast has the truth and the mismatched output in the same
+# half, apart, the default, in different ones.
+COMPOSITIONS = {"rows": 1, "halves": 3, "groups": 0, "contrast": 3, "apart": 3}
 
 
 def main():
@@ -51,19 +50,17 @@ def main():
                 print(line, flush=True)
 
 
-def run(options, name, most, seed):
+def run(options, name, rows_per_prompt, seed):
     """Train and judge one reward model: {"loss": held-out loss, "heldout": the stage's report}."""
     folder = Path(options.output) / f"{name}-{seed}"
     flags = ["--data", options.data, "--model", options.base, "--output-dir", str(folder), "--seed", str(seed)]
-    flags += ["--overwrite", *options.flags.split()]
-    flags += ["--no-share-prompts"] if most is None else []
-    dealt, apart = data.grouped_batches, data.APART
-    data.grouped_batches = partial(dealt, most=most or 0)
+    flags += ["--overwrite", *options.flags.split(), "--rows-per-prompt", str(rows_per_prompt)]
+    apart = data.APART
     data.APART = {"contrast": {"positive": 0, "mismatched": 0}, "apart": apart}.get(name, {})
     try:
         assert lastmile.main(["reward", *flags]) == 0
     finally:
-        data.grouped_batches, data.APART = dealt, apart
+        data.APART = apart
     _, settings, _ = command_line.read(["reward", *flags])
     return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
 
