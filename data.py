@@ -391,10 +391,10 @@ APART = {"positive": 0, "mismatched": 2}  # the others: 1
 def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
     """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
 
-    By default three, not a datum's six, and the truth apart from the mismatched output, which is most like it: with
-    both in one batch a small reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of
-    rows are shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has
-    batch_size rows on average.
+    Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
+    in one batch a tiny reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are
+    shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows
+    on average.
     """
 
     def place(i):

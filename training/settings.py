@@ -186,9 +186,10 @@ class Reward(Training):
         True, "pass over a prompt once for all rows that have it: the same scores, less work; off: row by row"
     )
     rows_per_prompt: int = opt(
-        3,
-        "rows of one prompt in a batch, at most, where prompts are shared; 0: all six, less work still, but a small "
-        "model learns less from it (choice; docs/speed.md)",
+        0,
+        "rows of one prompt in a batch, at most; 0: all. More share a pass over it, but a tiny model learns less from "
+        "it (choice; docs/speed.md)",
+        toy=3,
         least=0,
     )
     level: str = opt(

@@ -38,10 +38,11 @@ UNQUANTIZED, BASE, REAL_BASE = (
 XSUM = f"--data data/xsum_test_1000.jsonl --model {RUNS}/main/base --max-input-tokens 600 --dtype bfloat16"
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
 REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3"))  # chosen by `tune`
+THREES = "--rows-per-prompt 3"  # the default when these rows were run
 SEEDS = (1, 2, 3)
 RATES = {"mle": ("3e-4", "1e-3", "3e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("3e-4", "1e-3", "3e-3")}
 JUDGE = f"--reward {RUNS}/seed-1/reward"
-TUNE_JUDGE = f"--reward {RUNS}/tune-reward-1e-3/reward"
+TUNED = {"reward": THREES, "ppo": f"--reward {RUNS}/tune-reward-1e-3/reward", "mle": ""}
 
 
 def judged(adapters, base=BASE, count=300):
@@ -63,18 +64,18 @@ def drawn(seed):
 def rewarded(flags):
     """The row `seed 1` without MLE, but for the flags of its reward model."""
     common = f"{BASE} --seed 1 {TRAIN}"
-    return {"reward": f"{common} {REWARD} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
+    return {"reward": f"{common} {REWARD} {THREES} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
 
 
 ROWS = {
     "main": {"quantize": f"--data data/samsum --model {MODEL} --max-input-tokens 250 --group-size 32 --scale-search"},
     **{f"tune {stage} {rate}": {
-        stage: f"{BASE} {LESS} --learning-rate {rate}" + (f" {TUNE_JUDGE}" if stage == "ppo" else "")
+        stage: f"{BASE} {LESS} --learning-rate {rate} {TUNED[stage]}"
     } for stage, rates in RATES.items() for rate in rates},
     "base": {"eval": judged("base")},
     "unquantized base": {"eval": judged("base", UNQUANTIZED)},
     **{f"seed {seed}": {
-        "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD}",
+        "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD} {THREES}",
         "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
         "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
         "eval": judged("mle,policy"),
@@ -89,21 +90,21 @@ ROWS = {
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded("--hallucinations span"),
-    "all six rows": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --rows-per-prompt 0"},
+    "all six rows": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD}"},
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
-        "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples mle",
+        "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples mle",
         "ppo": f"{BASE} --seed 3 {TRAIN} {PPO}",
         "eval": judged("policy"),
     },
     "1000 pairs": {
-        "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD}",
+        "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD} {THREES}",
         "mle": f"{BASE} --seed 3 --train-examples 1000 {MLE}",
         "ppo": f"{BASE} --seed 3 --train-examples 1000 {PPO}",
         "eval": judged("mle,policy"),
     },
     "xsum": {
-        "reward": f"{XSUM} --seed 1 --train-examples 350 {REWARD}",
+        "reward": f"{XSUM} --seed 1 --train-examples 350 {REWARD} {THREES}",
         "mle": f"{XSUM} --seed 1 --train-examples 350 {MLE}",
         "ppo": f"{XSUM} --seed 1 --train-examples 350 {PPO}",
         "eval": f"{XSUM} --bleurt none --adapters base,mle,policy",
