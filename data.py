@@ -389,7 +389,7 @@ APART = {"positive": 0, "mismatched": 2}  # the others: 1
 
 
 def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
-    """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` of them (0: all).
+    """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` (0: all) and half a batch.
 
     Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
     in one batch a tiny reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are

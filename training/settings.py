@@ -187,8 +187,8 @@ class Reward(Training):
     )
     rows_per_prompt: int = opt(
         0,
-        "rows of one prompt in a batch, at most; 0: all. More share a pass over it, but a tiny model learns less from "
-        "it (choice; docs/speed.md)",
+        "rows of one prompt in a batch, at most; 0: all, up to half a batch. They share a pass over it; a tiny model "
+        "learns less from many (choice; docs/speed.md)",
         toy=3,
         least=0,
     )
