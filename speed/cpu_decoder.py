@@ -151,6 +151,7 @@ def decoder(llama, adapter, cache, rope_table, rotate):
     embed, last_norm, eps = llama.model.embed_tokens.weight, llama.model.norm.weight.float(), config.rms_norm_eps
     cache.k, cache.v = cache.k.float(), cache.v.float()
 
+    @by_mkl()  # attention and small products; oneDNN would first copy the cache
     def step(token):
         B = len(token)
         length = cache.length
@@ -164,8 +165,7 @@ def decoder(llama, adapter, cache, rope_table, rotate):
             turned = rotate(heads[:, : H + J], cos, sin)  # (B, H + J, 1, D)
             k, v = cache.update(i, turned[:, H:], heads[:, H + J :])  # (B, J, all columns, D)
             q = (turned[:, :H] * D**-0.5).view(B, J, H // J, D)
-            with by_mkl():  # oneDNN would first copy the keys
-                score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
+            score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
             y = score.softmax(-1) @ v[:, :, :S]  # (B, J, H/J, D)
             x = x + layer.o(y.view(B, H * D))
             gate, up = layer.gate_up(F.rms_norm(x, (C,), layer.mlp_norm, eps)).chunk(2, dim=-1)  # (B, F) each
