@@ -41,7 +41,6 @@ REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3
 THREES = "--rows-per-prompt 3"  # the default when these rows were run
 SEEDS = (1, 2, 3)
 RATES = {"mle": ("3e-4", "1e-3", "3e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("3e-4", "1e-3", "3e-3")}
-JUDGE = f"--reward {RUNS}/seed-1/reward"
 TUNED = {"reward": THREES, "ppo": f"--reward {RUNS}/tune-reward-1e-3/reward", "mle": ""}
 
 
@@ -49,16 +48,19 @@ def judged(adapters, base=BASE, count=300):
     return f"{base} --bleurt none --test-examples {count} --adapters {adapters}"
 
 
+def against(seed):
+    return f"--reward {RUNS}/seed-{seed}/reward"
+
+
 def changed(flags, seed=1):
     """PPO as in the row `seed 1` (or another), but for the flags."""
-    judge = f"--reward {RUNS}/seed-{seed}/reward"
-    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {judge} {PPO} {flags}", "eval": judged("policy")}
+    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {against(seed)} {PPO} {flags}", "eval": judged("policy")}
 
 
 def drawn(seed):
     """MLE, and PPO against the reward model of the row `seed 1`, by another seed: pairs, their order, samples."""
     common = f"{BASE} --seed {seed} {TRAIN}"
-    return {"mle": f"{common} {MLE}", "ppo": f"{common} {JUDGE} {PPO}", "eval": judged("mle,policy")}
+    return {"mle": f"{common} {MLE}", "ppo": f"{common} {against(1)} {PPO}", "eval": judged("mle,policy")}
 
 
 def rewarded(flags):
@@ -145,6 +147,7 @@ def run(row):
 
 METRICS = ("excess_length", "la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rouge1-F1", "rouge1-precision",
            "rouge1-recall")  # fmt: skip
+SAMPLED = "return", "length", "reference_length"
 
 
 @functools.cache
@@ -160,13 +163,27 @@ def difference(one, other):
     return {m: (float((one[m] - other[m]).mean()), *evaluation.interval(one[m] - other[m], 0)) for m in METRICS}
 
 
+def course(lines, width=20):
+    """Of PPO's metrics.jsonl: means of the sampled batches of every so many steps, and how often the value was useless:
+    its explained variance below 0.
+    """
+    found = {}
+    for start in range(0, len(lines), width):
+        sampled = [line for line in lines[start : start + width] if not line["ground_truth"]]
+        means = {name: statistics.mean(line[name] for line in sampled) for name in SAMPLED}
+        found[f"steps {start} to {min(start + width, len(lines)) - 1}"] = means
+    return found | {"explained variance below 0": sum(line["explained_variance"] < 0 for line in lines)}
+
+
 def collect():
-    """{row: its commands, and what its reward model and its columns score} of the rows that are done."""
+    """{row: its commands, and what its PPO, its reward model and its columns score} of the rows that are done."""
     found = {}
     for row, stages in ROWS.items():
         place, one = folder_of(row), {"commands": stages}
         if (file := place / "reward" / "heldout.json").exists():
             one["heldout"] = json.loads(file.read_text())
+        if (file := place / "ppo" / "metrics.jsonl").exists():
+            one["ppo"] = course([json.loads(line) for line in file.read_text().splitlines()])
         if (place / "eval").exists():
             names = "scores", "intervals", "facts"
             one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
