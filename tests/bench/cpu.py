@@ -9,8 +9,8 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
     statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
     a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
 C4  the reward stage on 7 data of SAMSum's lengths, six rows each, 14 rows a step: an update on every one of the 42 rows
-    with prompts shared by three rows (the default), by all six, and by none, against transformers + PEFT as people
-    write it (a linear head on every token, the rows padded). Peak memory beside it.
+    with prompts shared by all six rows (the default), by three (the toy's), and by none, against transformers + PEFT as
+    people write it (a linear head on every token, the rows padded). Peak memory beside it.
 C5  bf16 beside fp32, both ours: a step of C2 and the sampling of C1, on a CPU that multiplies bf16 in hardware; on
     another it is left out.
 
@@ -262,7 +262,7 @@ def c4(size, seconds, results):
     steps.add_adapters("reward", llama, s)
     theirs = RewardOfPeers(llama)
     rows = samsum_rows()
-    ways = {"shared": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
+    ways = {"shared by three": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
     batches = {}
     for way, most in ways.items():
         order = itertools.islice(data.epochs(rows, s.batch_size, 0, most), 3)  # of 14 rows on average: an epoch
@@ -309,7 +309,7 @@ def c4(size, seconds, results):
     )
     for way in ways:
         add_line("C4", size, way, laps[way], laps["theirs"], laps["theirs by oneDNN"], results, note)
-    for way in ("shared", "shared by six"):
+    for way in ("shared by three", "shared by six"):
         compare(f"C4 {size} {way} over not shared", laps[way], laps["not shared"], results, "2x")
 
 
