@@ -5,6 +5,7 @@ is counted by running it without weights (training/estimate.py). Three things ar
 `BACKWARD` and, on a CPU, `KERNELS` (docs/memory.md).
 """
 
+import itertools
 import math
 
 import torch
@@ -139,7 +140,8 @@ def largest_batch(settings, rows, responses):
 def largest_layout(settings, rows):
     """`largest_batch` for the layout of shared prompts, (G, S), of an epoch."""
     shapes = []
-    for index in data.grouped_batches(rows, settings.batch_size, settings.seed, 0, settings.rows_per_prompt):
+    batches = data.epochs(rows, settings.batch_size, settings.seed, settings.rows_per_prompt)
+    for index in itertools.islice(batches, math.ceil(len(rows) / settings.batch_size)):
         size = settings.micro_batch_size or len(index)
         for start in range(0, len(index), size):
             groups = data.same_prompt(rows, index[start : start + size])
