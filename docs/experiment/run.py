@@ -92,6 +92,10 @@ ROWS = {
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded("--hallucinations span"),
+    "float32": {
+        "mle": f"{BASE} --dtype float32 --seed 3 {TRAIN} {MLE}",
+        "eval": f"{judged('mle')} --dtype float32",
+    },
     "all six rows": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD}"},
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
@@ -117,7 +121,7 @@ PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real"}
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle", "span negatives"), "seed 1"),
-    **dict.fromkeys(("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs"), "seed 3"),
+    **dict.fromkeys(("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32"), "seed 3"),
 }
 REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
 
