@@ -10,9 +10,11 @@ lastmile.py; the lines printed can be typed one by one.
 import functools
 import json
 import os
+import re
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +122,8 @@ FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real"}
 COMPARED = {  # with the outputs of which row
-    **dict.fromkeys(("no EOS in labels", "init mle", "span negatives"), "seed 1"),
+    **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
+    "span negatives": "seed 1",
     **dict.fromkeys(("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32"), "seed 3"),
 }
 REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
@@ -167,6 +170,12 @@ def difference(one, other):
     return {m: (float((one[m] - other[m]).mean()), *evaluation.interval(one[m] - other[m], 0)) for m in METRICS}
 
 
+def loops(texts):
+    """How many of the texts say one sentence three times or more."""
+    sentences = [re.split(r"[.!?]+\s*|\n+", text.lower().strip()) for text in texts]
+    return sum(max(Counter(filter(None, said)).values(), default=0) >= 3 for said in sentences)
+
+
 def course(lines, width=20):
     """Of PPO's metrics.jsonl: means of the sampled batches of every so many steps, and how often the value was useless:
     its explained variance below 0.
@@ -191,6 +200,8 @@ def collect():
         if (place / "eval").exists():
             names = "scores", "intervals", "facts"
             one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
+            outputs = results.read_outputs(place / "eval")
+            one["loops"] = {column: loops(outputs[column]) for column in one["scores"] if "cleaned" not in column}
             if {"mle", "policy"} <= one["scores"].keys():
                 one["policy less mle"] = difference((row, "policy"), (row, "mle"))
             if row in COMPARED and (folder_of(other := COMPARED[row]) / "eval").exists():
@@ -211,7 +222,10 @@ def tables(found):
 
     scores, differences = [["row", "column", "n", *METRICS]], [["difference", *METRICS]]
     for row, one in found.items():
-        for column in [column for column in COLUMNS if column in one.get("scores", {})]:
+        columns = one.get("scores", {})
+        for column in [column for column in COLUMNS if column in columns]:
+            if columns[column] == columns.get(column.removesuffix(" cleaned")) and "cleaned" in column:
+                continue  # nothing was there to clean up
             mean, ends = one["scores"][column], one["intervals"][column]
             cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
             scores.append([row, column, str(one["facts"]["n"]), *cells])
