@@ -237,7 +237,7 @@ def tables(found):
             cells = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" for mean, low, high in (numbers[m] for m in METRICS)]
             differences.append([f"{row}: {name}", *cells])
     compared = [found[row]["scores"] for row in REPEATS if "policy less mle" in found.get(row, {})]
-    for column in [column for column in COLUMNS if len(compared) > 1 and all(column in score for score in compared)]:
+    for column in ("mle", "policy") if len(compared) > 1 else ():
         values = {m: [score[column][m] for score in compared] for m in METRICS}
         cells = [f"{statistics.mean(v):.3f} (sd {statistics.stdev(v):.3f})" for v in values.values()]
         scores.append([f"{len(compared)} runs", column, "", *cells])
