@@ -116,8 +116,8 @@ class Pretrain(Schedule):
     num_hidden_layers: int = opt(4, "blocks", least=1)
     num_attention_heads: int = opt(4, "query heads", least=1)
     num_key_value_heads: int = opt(4, "key and value heads", least=1)
-    batch_size: int = opt(8, "rows a step (choice: small, a tiny model wants steps)", least=1)
-    learning_rate: float = opt(3e-3, "peak, cosine to 0 (choice)", above=0)
+    batch_size: int = opt(16, "rows a step (choice: of 8, a step would cost two thirds as much)", least=1)
+    learning_rate: float = opt(4e-3, "peak, cosine to 0 (choice)", above=0)
     warmup_steps: int = opt(20, "linear rise to the peak: fresh weights need it, adapters (B = 0) do not", least=0)
     chatter: bool = opt(
         True,
