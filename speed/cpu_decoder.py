@@ -103,7 +103,7 @@ def layers_of(llama, adapter, rows):
 def product(layers, adapter, rows, bf16):
     """One Product of the layers with one input, their outputs side by side."""
     if bf16:
-        weight, (A, B) = merged(layers, None).bfloat16(), side_by_side(layers, adapter)
+        weight, (A, B) = merged(layers, None, torch.bfloat16), side_by_side(layers, adapter)
         return Product(torch.cat((weight, B.bfloat16()), dim=1), rows, A if len(A) else None)
     return Product(merged(layers, adapter), rows)
 
@@ -121,12 +121,16 @@ def side_by_side(layers, adapter):
     return torch.cat(A).detach(), torch.block_diag(*B).detach()
 
 
-def merged(layers, adapter):
-    """The weights of layers with one input, the adapter folded in, one below the other: (N, K) fp32."""
+def merged(layers, adapter, dtype=torch.float32):
+    """The weights of layers with one input, the adapter folded in, one below the other: (N, K).
+
+    A 4-bit layer keeps its dense weight in the dtype last asked for: another one than training's would make both
+    dequantize at every change between them.
+    """
     weights = []
     for layer in layers:
         base = layer.base
-        weight = base.weight(torch.float32).T if callable(base.weight) else base.weight.float()  # 4-bit, or dense
+        weight = base.weight(dtype).T if callable(base.weight) else base.weight.to(dtype)  # 4-bit, or dense
         weights.append(layer.merged(weight, adapter))
     return torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
 
