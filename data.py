@@ -17,12 +17,10 @@ Dimensions: B batch, T time (longest row of the batch).
 
 import hashlib
 import itertools
-import math
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -385,107 +383,8 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
     return [found[i] for i in rng.permutation(len(found))]
 
 
-APART = {"positive": 0, "mismatched": 2}  # the others: 1
-
-
-def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
-    """`batches` for `share_prompts`: rows with the same prompt come together, at most `most` (0: all) and half a batch.
-
-    Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
-    in one batch a tiny reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are
-    shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows
-    on average.
-    """
-
-    def place(i):
-        return APART.get(rows[i].kind, 1)
-
-    rng = np.random.default_rng(stream_seed(seed, "order", epoch))
-    size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty
-    groups = []
-    for same in same_prompt(rows, rng.permutation(len(rows)).tolist()):
-        same = sorted(same, key=place)
-        groups += [same[i : i + size] for i in range(0, len(same), size)]
-    groups = [groups[i] for i in rng.permutation(len(groups))]
-    number = math.ceil(len(rows) / batch_size)
-    pool_size = max(1, pool * len(groups) // number)
-    found = [[] for _ in range(number)]
-    done = 0
-    for start in range(0, len(groups), pool_size):
-        for group in sorted(groups[start : start + pool_size], key=partial(layout_length, rows)):
-            found[int((done + len(group) / 2) * number / len(rows))] += group
-            done += len(group)
-    return [found[i] for i in rng.permutation(number)]
-
-
-def same_prompt(rows, order):
-    """The row numbers of `order`, those with the same prompt together: a list of lists."""
-    groups = defaultdict(list)
-    for i in order:
-        groups[tuple(rows[i].prompt)].append(i)
-    return list(groups.values())
-
-
-def layout_length(rows, group):
-    """Tokens of one prompt with the responses of a group of row numbers."""
-    return len(rows[group[0]].prompt) + sum(len(rows[i].response) for i in group)
-
-
-def epochs(rows, batch_size, seed, rows_per_prompt=1):
-    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers.
-
-    rows_per_prompt: 1: rows are shuffled one by one; more, or 0: those of a prompt together, see `grouped_batches`.
-    """
+def epochs(rows, batch_size, seed):
+    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers."""
     lengths = [len(row.prompt) + len(row.response) for row in rows]
     for epoch in itertools.count():
-        if rows_per_prompt == 1:
-            yield from batches(lengths, batch_size, seed, epoch)
-        else:
-            yield from grouped_batches(rows, batch_size, seed, epoch, rows_per_prompt)
-
-
-@dataclass(frozen=True)
-class SharedPrompts:
-    """Rows of a batch laid out so that a prompt which several of them share is there once.
-
-    Each of the G groups reads `prompt, response, response, …, padding`. Every response continues the positions of its
-    prompt, and sees the prompt and itself: what a row computes is what it computes alone.
-    """
-
-    tokens: torch.Tensor  # (G, S) long
-    positions: torch.Tensor  # (G, S) long: of a token in its row
-    visible: torch.Tensor  # (G, 1, S - P, S) bool: which keys are seen by the queries beyond the shortest prompt, P
-    places: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
-
-
-def share_prompts(batch):
-    """The SharedPrompts of a Batch."""
-    rows = batch.rows
-    groups = same_prompt(rows, range(len(rows)))
-    G = len(groups)
-    S = max(layout_length(rows, group) for group in groups)
-    tokens = torch.zeros(G, S, dtype=torch.long)
-    positions = torch.zeros(G, S, dtype=torch.long)
-    part = torch.zeros(G, S, dtype=torch.long)  # 0: prompt, 1, 2, …: which of the group's responses
-    places = [None] * len(rows)
-    for g, group in enumerate(groups):
-        prompt = rows[group[0]].prompt
-        P = len(prompt)
-        tokens[g, :P] = torch.tensor(prompt)
-        positions[g, :P] = torch.arange(P)
-        start = P
-        for n, b in enumerate(group, 1):
-            response = rows[b].response
-            end = start + len(response)
-            tokens[g, start:end] = torch.tensor(response)
-            positions[g, start:end] = torch.arange(P, P + len(response))
-            part[g, start:end] = n
-            places[b] = torch.arange(g * S + start, g * S + end)
-            start = end
-    column = torch.arange(S)
-    P = min(len(rows[group[0]].prompt) for group in groups)
-    causal = column[P:, None] >= column  # (S - P, S)
-    query, key = part[:, P:, None], part[:, None, :]
-    visible = causal & ((key == 0) | (key == query))  # (G, S - P, S); padding is a prompt that nobody sees
-    tensors = [tokens, positions, visible[:, None], torch.cat(places)]
-    return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])
+        yield from batches(lengths, batch_size, seed, epoch)

@@ -50,6 +50,7 @@ import ppo
 from beyond import reward_function
 from beyond.samples import check_missing, with_negatives
 from formats.errors import UserError
+from speed import shared_prompts
 from toy import chatter
 from training import ranks, use, validation
 from training.checkpoint import adapter_hash
@@ -213,11 +214,12 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
     """One update of the reward model. Returns its metrics.
 
     weight_per_batch: the sum of the rows' weights in an average batch, see `average_batch`. shared: lay out a prompt
-    once for all of its rows, see data.SharedPrompts.
+    once for all of its rows, see speed/shared_prompts.py.
     """
     scores = []
     for part in ranks.share(batch).split(micro_batch_size):
-        score = ppo.token_scores(llama, part, shared)  # (B, T)
+        layout = shared_prompts.lay_out(part) if shared else None
+        score = ppo.token_scores(llama, part, layout)  # (B, T)
         loss = ppo.reward_loss(score, part, level)
         optimizer.backward(loss, part.weight.sum().item() / weight_per_batch)
         scores.append(score.detach())

@@ -279,7 +279,7 @@ class Llama(nn.Module):
 
         wanted: (n,) long, the places in the flattened (B T) of the tokens whose states are asked for, those of one
         adapter together. The last block then skips the rest, and the result is (n, C).
-        layout: a data.SharedPrompts, whose tokens these are: several rows that continue one prompt.
+        layout: a speed.shared_prompts.SharedPrompts, whose tokens these are: several rows that continue one prompt.
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         """
         names = [adapter] if isinstance(adapter, str) else [name for name, _ in adapter or ()]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 
-from data import collate, share_prompts
+from data import collate
 
 
 def unchanged(x):
@@ -212,16 +212,15 @@ def actor_critic(llama, batch, entropy_learns=False):
     return logp, value, entropy
 
 
-def token_scores(llama, batch, shared=False):
+def token_scores(llama, batch, layout=None):
     """The reward model's score of every response token, read at the token itself: (B, T), 0 elsewhere.
 
-    shared: pass over the prompt that several rows have only once; the same scores, to rounding.
+    layout: the batch's rows with each prompt once, see speed/shared_prompts.py; the same scores, to rounding.
     """
-    if shared:
-        layout = share_prompts(batch)
-        h = llama(layout.tokens, "reward", wanted=layout.places, layout=layout)  # (n, C)
-    else:
+    if layout is None:
         h = llama(batch.tokens, "reward", wanted=places(batch.mask))  # (n, C)
+    else:
+        h = llama(layout.tokens, "reward", wanted=layout.places, layout=layout)  # (n, C)
     return fill(batch.mask, llama.scalar(h, "reward"))
 
 

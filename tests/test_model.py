@@ -13,10 +13,10 @@ import torch
 from helpers import damage_folder, packed_folder
 from safetensors.torch import load_file, save_file
 
-import data
 import model
 from formats import llama_folder
 from speed import cpu as cpu_speed
+from speed.shared_prompts import SharedPrompts
 from training import estimate, folders
 
 RAGGED = [[1], [5, 6, 7, 8], [3, 9] * 5, [4, 11]]
@@ -832,7 +832,7 @@ def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
     for llama in (real, meta):
         llama.add_adapter("reward", 4, 8.0, ["q_proj", "v_proj"], torch.Generator().manual_seed(0))
     place = torch.arange(256).repeat(2, 1)
-    layout = data.SharedPrompts(place, place, torch.ones(2, 1, 256, 256).tril().bool()[:, :, 1:], place)
+    layout = SharedPrompts(place, place, torch.ones(2, 1, 256, 256).tril().bool()[:, :, 1:], place)
     kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", layout=layout)
     assert kept < estimate.kept_bytes(meta, 2, 256, "reward", shared=True) < 1.15 * kept
 

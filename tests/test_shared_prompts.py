@@ -14,6 +14,7 @@ import data
 import lastmile
 import model
 import ppo
+from speed import shared_prompts
 from training.optimizer import Optimizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,7 +56,8 @@ def gradients(llama, batch, level, shared, micro_batch_size=0):
     total = 0.0
     for part in batch.split(micro_batch_size):
         weight = data.fraction(part.weight, batch.weight)
-        loss = ppo.reward_loss(ppo.token_scores(llama, part, shared), part, level) * weight
+        layout = shared_prompts.lay_out(part) if shared else None
+        loss = ppo.reward_loss(ppo.token_scores(llama, part, layout), part, level) * weight
         loss.backward()
         total += loss.item()
     return total, [p.grad.clone() for p in llama.adapter_parameters("reward")]
@@ -68,10 +70,10 @@ def test_scores_equal_those_of_single_rows(run_folder, ragged, base):
     """
     llama = loaded(run_folder / base)
     batch = data.collate(ragged)
-    layout = data.share_prompts(batch)
+    layout = shared_prompts.lay_out(batch)
     assert len(layout.tokens) == 4 < len(batch.tokens) and layout.tokens.numel() < 0.7 * batch.tokens.numel()
     with torch.no_grad():
-        shared = ppo.token_scores(llama, batch, shared=True)
+        shared = ppo.token_scores(llama, batch, layout)
         for b, row in enumerate(ragged):
             alone = data.collate([row])
             expected = ppo.token_scores(llama, alone)[alone.mask]
@@ -102,8 +104,9 @@ def test_a_response_moves_no_other(run_folder, ragged):
     llama = loaded(run_folder / "pretrain")
     rows = [row for row in ragged if row.prompt == ragged[0].prompt]
     changed = [replace(rows[0], response=rows[0].response[::-1]), *rows[1:]]
+    batches = [data.collate(rows), data.collate(changed)]
     with torch.no_grad():
-        before, after = (ppo.token_scores(llama, data.collate(part), shared=True) for part in (rows, changed))
+        before, after = (ppo.token_scores(llama, batch, shared_prompts.lay_out(batch)) for batch in batches)
     mask = data.collate(rows).mask
     assert not torch.allclose(before[0][mask[0]], after[0][mask[0]])
     for b in range(1, len(rows)):
@@ -122,16 +125,16 @@ def test_groups_are_dealt_whole(batch_size):
             prompt = [i] * rng.randint(1, 9)
             rows += [data.Datum("", "", "", prompt, [0] * rng.randint(1, 9)) for _ in range(rng.randint(1, 7))]
         most = rng.randint(0, 4)
-        dealt = data.grouped_batches(rows, batch_size, trial, 0, most)
+        dealt = shared_prompts.grouped_batches(rows, batch_size, trial, 0, most)
         assert sorted(i for batch in dealt for i in batch) == list(range(len(rows))) and all(dealt)
         assert len(dealt) == len(data.batches([1] * len(rows), batch_size, trial, 0))
-        assert dealt == data.grouped_batches(rows, batch_size, trial, 0, most)
+        assert dealt == shared_prompts.grouped_batches(rows, batch_size, trial, 0, most)
         if batch_size == 14 and most == 0:
             batches_of = Counter()
             for batch in dealt:
                 batches_of.update({rows[i].prompt[0] for i in batch})
             assert set(batches_of.values()) == {1}
-    assert dealt != data.grouped_batches(rows, batch_size, trial, 1, most) or len(rows) < 4
+    assert dealt != shared_prompts.grouped_batches(rows, batch_size, trial, 1, most) or len(rows) < 4
 
 
 def test_fourteen_rows_a_step_on_average():
@@ -139,8 +142,8 @@ def test_fourteen_rows_a_step_on_average():
     by halves of a datum's rows, unless whole groups are asked for.
     """
     rows = [data.Datum("", "", "", [i], [0]) for i in range(70) for _ in range(6)]
-    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=3))) == {12: 10, 15: 20}
-    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=0))) == {12: 20, 18: 10}
+    assert Counter(map(len, shared_prompts.grouped_batches(rows, 14, 0, 0, most=3))) == {12: 10, 15: 20}
+    assert Counter(map(len, shared_prompts.grouped_batches(rows, 14, 0, 0, most=0))) == {12: 20, 18: 10}
 
 
 def test_a_step_is_the_same_step(run_folder, ragged):

@@ -11,8 +11,7 @@ import math
 import torch
 import torch.nn as nn
 
-import data
-from speed import cpu_decoder
+from speed import cpu_decoder, shared_prompts
 from training.estimate import all_tensors, kept_bytes
 from training.run import number_of_steps, resident_memory, return_free_memory
 from training.terminal import say
@@ -140,12 +139,12 @@ def largest_batch(settings, rows, responses):
 def largest_layout(settings, rows):
     """`largest_batch` for the layout of shared prompts, (G, S), of an epoch."""
     shapes = []
-    batches = data.epochs(rows, settings.batch_size, settings.seed, settings.rows_per_prompt)
+    batches = shared_prompts.epochs(rows, settings.batch_size, settings.seed, settings.rows_per_prompt)
     for index in itertools.islice(batches, math.ceil(len(rows) / settings.batch_size)):
         size = settings.micro_batch_size or len(index)
         for start in range(0, len(index), size):
-            groups = data.same_prompt(rows, index[start : start + size])
-            S = max(data.layout_length(rows, group) for group in groups)
+            groups = shared_prompts.same_prompt(rows, index[start : start + size])
+            S = max(shared_prompts.layout_length(rows, group) for group in groups)
             responses = sum(len(rows[i].response) for group in groups for i in group)
             shapes.append((len(groups), S, math.ceil(responses / len(groups))))
     return max(shapes, key=lambda shape: shape[0] * shape[1])

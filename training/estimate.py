@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from data import SharedPrompts
+from speed.shared_prompts import SharedPrompts
 
 
 class Fused(TorchFunctionMode):

@@ -8,6 +8,7 @@ import torch
 import data
 import eval as evaluation
 import ppo
+from speed import shared_prompts
 from training import ranks
 from training.terminal import say
 
@@ -42,8 +43,10 @@ def heldout_scores(settings, llama, rows):
     truth = None
     for start in range(0, len(rows), 32):
         batch = data.collate(rows[start : start + 32], settings.device)
+        part = ranks.share(batch)
+        layout = shared_prompts.lay_out(part) if settings.share_prompts else None
         with torch.inference_mode():
-            score = ppo.token_scores(llama, ranks.share(batch), settings.share_prompts)
+            score = ppo.token_scores(llama, part, layout)
         score = ranks.whole(score, len(batch.rows))  # (B, T)
         loss += ppo.reward_loss(score, batch, settings.level).item() * batch.weight.sum().item()
         scored = ppo.scored_tokens(batch.mask, settings.level)  # (B, T)

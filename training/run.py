@@ -28,6 +28,7 @@ import tqdm
 
 import data
 from formats.errors import UserError
+from speed import shared_prompts
 from training import ranks
 from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write_checkpoint
 from training.files import clear, write_json
@@ -234,9 +235,10 @@ class Run:
         """Yield (step, learning rate, Batch) of the steps that remain; save and stop between them when it is time."""
         s = self.settings
         steps = number_of_steps(s, self.rows)
-        together = s.rows_per_prompt if getattr(s, "share_prompts", False) else 1
-        order = itertools.islice(data.epochs(self.rows, s.batch_size, s.seed, together), self.first, steps)
-        for step, index in enumerate(order, self.first):
+        order = data.epochs(self.rows, s.batch_size, s.seed)
+        if getattr(s, "share_prompts", False):
+            order = shared_prompts.epochs(self.rows, s.batch_size, s.seed, s.rows_per_prompt)
+        for step, index in enumerate(itertools.islice(order, self.first, steps), self.first):
             batch = data.collate([self.rows[i] for i in index], s.device)
             self.step = step
             self.batch_ids = [row.id for row in batch.rows]

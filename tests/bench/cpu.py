@@ -44,6 +44,7 @@ import data
 import lastmile
 import model
 import ppo
+from speed import shared_prompts
 from speed.cpu import multiplies_bf16
 from training import optimizer
 
@@ -265,7 +266,9 @@ def c4(size, seconds, results):
     ways = {"shared by three": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
     batches = {}
     for way, most in ways.items():
-        order = itertools.islice(data.epochs(rows, s.batch_size, 0, most), 3)  # of 14 rows on average: an epoch
+        order = itertools.islice(
+            shared_prompts.epochs(rows, s.batch_size, 0, most), 3
+        )  # an epoch
         batches[way] = [data.collate([rows[i] for i in index]) for index in order]
         assert sum(len(batch.rows) for batch in batches[way]) == len(rows)
     update = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
@@ -291,7 +294,8 @@ def c4(size, seconds, results):
     with torch.no_grad():
         length = batch.prompt_len + batch.mask.sum(1)
         mask = (torch.arange(batch.tokens.shape[1]) < length[:, None]).long()
-        losses = [ppo.reward_loss(ppo.token_scores(llama, batch, shared), batch).item() for shared in (True, False)]
+        layouts = None, shared_prompts.lay_out(batch)
+        losses = [ppo.reward_loss(ppo.token_scores(llama, batch, layout), batch).item() for layout in layouts]
         losses.append(ppo.reward_loss(theirs(batch.tokens, mask), batch).item())
     assert max(losses) - min(losses) < 1e-4, losses
     peaks = {}

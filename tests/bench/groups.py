@@ -17,6 +17,7 @@ import data
 import lastmile
 import ppo
 from beyond.samples import with_negatives
+from speed import shared_prompts
 from training import command_line
 from training.folders import commit
 from training.inputs import load_rows
@@ -55,12 +56,12 @@ def run(options, name, rows_per_prompt, seed):
     folder = Path(options.output) / f"{name}-{seed}"
     flags = ["--data", options.data, "--model", options.base, "--output-dir", str(folder), "--seed", str(seed)]
     flags += ["--overwrite", *options.flags.split(), "--rows-per-prompt", str(rows_per_prompt)]
-    apart = data.APART
-    data.APART = {"contrast": {"positive": 0, "mismatched": 0}, "apart": apart}.get(name, {})
+    apart = shared_prompts.APART
+    shared_prompts.APART = {"contrast": {"positive": 0, "mismatched": 0}, "apart": apart}.get(name, {})
     try:
         assert lastmile.main(["reward", *flags]) == 0
     finally:
-        data.APART = apart
+        shared_prompts.APART = apart
     _, settings, _ = command_line.read(["reward", *flags])
     return {"loss": heldout_loss(settings), "heldout": json.loads((folder / "reward/heldout.json").read_text())}
 
@@ -75,7 +76,7 @@ def heldout_loss(settings):
     for start in range(0, len(rows), 30):
         batch = data.collate(rows[start : start + 30])
         with torch.inference_mode():
-            part = ppo.reward_loss(ppo.token_scores(llama, batch, shared=True), batch, settings.level)
+            part = ppo.reward_loss(ppo.token_scores(llama, batch, shared_prompts.lay_out(batch)), batch, settings.level)
         loss += part.item() * batch.weight.sum().item()
         weight += batch.weight.sum().item()
     return loss / weight
