@@ -268,7 +268,6 @@ class Llama(nn.Module):
         )
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(C, V, bias=False)
         self.score = nn.ParameterDict()  # adapter name -> (1, C), the scalar heads
-        self.copies = {}  # adapter name -> Llama: --tune full trains all weights in place of an adapter's
         self.recompute = False
         self.prepared = None  # the weights of speed.cpu_decoder
         self.folder = None
@@ -282,9 +281,6 @@ class Llama(nn.Module):
         layout: a speed.shared_prompts.SharedPrompts, whose tokens these are: several rows that continue one prompt.
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         """
-        names = [adapter] if isinstance(adapter, str) else [name for name, _ in adapter or ()]
-        if any(name in self.copies for name in names):
-            return self.forward_copies(tokens, adapter, cache, wanted, layout)
         B, T = tokens.shape
         positions = torch.arange(T, device=tokens.device)  # (T,)
         if layout is not None:
@@ -308,35 +304,18 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, adapter, cache, i, **how)
         return self.model.norm(x)
 
-    def forward_copies(self, tokens, adapter, cache, wanted, layout):
-        """`forward` by whole models in place of adapters: fp32 weights, products in the base's dtype."""
-        if not isinstance(adapter, str):
-            parts = tokens.split([rows for _, rows in adapter])
-            dealt = split_by_adapter(adapter, wanted, tokens.shape[1])
-            return torch.cat(
-                [self(part, name, wanted=places) for part, (name, places) in zip(parts, dealt, strict=True)]
-            )
-        copy = self.copies[adapter]
-        copy.recompute = self.recompute
-        with self.precision():
-            return copy(tokens, None, cache, wanted, layout)
-
-    def precision(self):
-        """The autocast under which fp32 weights are multiplied in the base's dtype."""
-        dtype, kind = self.model.embed_tokens.weight.dtype, self.device.type
-        return torch.autocast(kind if kind == "cuda" else "cpu", dtype, enabled=dtype != torch.float32)
-
     def logits(self, h, adapter=None):
-        """Next-token logits, fp32: (…, C) -> (…, V)."""
-        if adapter in self.copies:
-            with self.precision():
-                return self.copies[adapter].logits(h)
+        """Next-token logits, fp32: (…, C) -> (…, V). adapter: whose states these are; the head is the same for all."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(h, head.weight).float()
 
     def scalar(self, h, adapter):
         """The scalar head of an adapter, fp32: (…, C) -> (…,)."""
-        return F.linear(h.float(), self.copies.get(adapter, self).score[adapter]).squeeze(-1)
+        return F.linear(h.float(), self.score[adapter]).squeeze(-1)
+
+    def to_sample(self, adapter):
+        """(model, adapter) to sample from under an adapter; beyond.full has whole models in place of adapters."""
+        return self, adapter
 
     # Adapters: lora.py knows the layers, the model knows the heads.
 
@@ -353,23 +332,12 @@ class Llama(nn.Module):
             weight.normal_(0, (C + 1) ** -0.5, generator=generator)
         return nn.Parameter(weight.to(self.device))
 
-    def add_copy(self, name, generator, head=None):
-        """A copy of all weights under an adapter's name (--tune full), in fp32 and read from the file again: the base's
-        own may have been rounded to bf16. head: as in `add_adapter`.
-        """
-        copy = load(self.folder, self.device, torch.float32, weights=self.device.type != "meta")
-        copy.config = self.config
-        if head is not None:
-            copy.lm_head = None
-        if head is not None:
-            copy.score[name] = self.new_head(head, generator)
-        self.copies[name] = copy
-
     def adapter_parameters(self, name):
         """All trainable tensors of an adapter, its head included: a list."""
-        if name in self.copies:
-            return list(self.copies[name].parameters())
-        return [*adapter_parameters(self, name).values(), *([self.score[name]] if name in self.score else [])]
+        found = list(adapter_parameters(self, name).values())
+        if name in self.score:
+            found.append(self.score[name])
+        return found
 
     def save_adapter(self, name, folder, base_name):
         """Write an adapter, with its head, in PEFT's format. base_name: --model, which PEFT wants to know."""
@@ -377,23 +345,11 @@ class Llama(nn.Module):
         peft_adapter.write(self, name, folder, base_name, head, self.hash)
 
     def load_adapter(self, name, folder, head=False):
-        """Load a saved adapter, or the whole model of --tune full, frozen. head: whether it must have a scalar head."""
-        if llama_folder.is_model(folder):
-            weight = self.load_copy(name, folder)
-        else:
-            weight = peft_adapter.read(self, name, folder, self.hash)
+        """Load a saved adapter, frozen. head: whether it must have a scalar head."""
+        weight = peft_adapter.read(self, name, folder, self.hash)
         peft_adapter.check_head(folder, name, weight, (1, self.config.hidden_size) if head else None)
         if head:
-            owner = self.copies.get(name, self)
-            owner.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
-
-    def load_copy(self, name, folder):
-        """Load a whole model under an adapter's name. Returns the weight of its scalar head, or None."""
-        copy, weight = load(folder, self.device, torch.float32, weights=self.device.type != "meta", with_head=True)
-        llama_weights.check_same_size(folder, copy.config, self.config)
-        copy.config = self.config
-        self.copies[name] = copy
-        return weight
+            self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
 
     def add_eos(self, token):
         """Let one more token id end outputs."""
@@ -430,8 +386,7 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it.
     """
-    if adapter in llama.copies:
-        llama, adapter = llama.copies[adapter], None
+    llama, adapter = llama.to_sample(adapter)
     B, device = len(prompts), llama.device
     eos = torch.tensor(llama.config.eos_token_id, device=device)
     cache, logits = prefill(llama, prompts, adapter, max_new_tokens)  # (B, V)
@@ -515,17 +470,18 @@ def pick(logits, temperature, top_k, top_p, u):
 # Files
 
 
-def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=False):
+def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=False, kind=Llama):
     """Load a Llama from a Hugging Face folder: dense or 4-bit GPTQ, one safetensors file or shards.
 
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
     weights=False reads names, types and shapes only, from the files' headers: a model on the meta device.
     with_head: the folder may hold a scalar head in place of the language head; returns (Llama, head (1, C) or None).
+    kind: the class of the model.
     Raises FileNotFoundError or UserError with the folder, the tensor and the remedy.
     """
     folder = Path(folder)
     with torch.device("meta"):
-        llama = Llama(LlamaConfig(**llama_folder.read_config(folder)))
+        llama = kind(LlamaConfig(**llama_folder.read_config(folder)))
     head = llama_weights.fill(llama, folder, dtype, weights, with_head)
     llama.folder = folder
     llama = llama.to(device if weights else "meta").requires_grad_(False)

@@ -12,6 +12,7 @@ import data
 import lastmile
 import model
 import ppo
+from beyond.full import FullLlama
 
 SMALL = [
     "--tune",
@@ -53,7 +54,7 @@ def test_gradients_are_those_of_transformers(run_folder):
     transformers' own model and loss.
     """
     folder = run_folder / "pretrain"
-    llama = model.load(folder)
+    llama = model.load(folder, kind=FullLlama)
     llama.add_copy("mle", torch.Generator())
     copy = llama.copies["mle"].requires_grad_(True)
     batch = data.collate(rows_of(folder))
@@ -96,7 +97,7 @@ def test_what_is_written_opens_in_transformers(dense_run, full_reward):
     base = dense_run.folder / "base"
     row = rows_of(base)[0]
     tokens = torch.tensor([row.prompt + row.response])
-    llama = model.load(base)
+    llama = model.load(base, kind=FullLlama)
     places = {"policy": dense_run.folder / "ppo/policy", "value": dense_run.folder / "ppo/value", "reward": full_reward}
     for name, folder in places.items():
         llama.load_adapter(name, folder, head=name != "policy")
@@ -158,7 +159,7 @@ def test_dry_run_counts_all_weights(dense_run, capsys):
     """The plan names every weight of policy and value as trained, and their moments in the memory."""
     assert dense_run("ppo", *SMALL, "--reward", "rouge", "--dry-run") == 0
     said = capsys.readouterr().out
-    llama = model.load(dense_run.folder / "base")
+    llama = model.load(dense_run.folder / "base", kind=FullLlama)
     n = sum(p.numel() for p in llama.parameters())
     C, V = llama.config.hidden_size, llama.config.vocab_size
     assert f"{2 * n - V * C + C:,} parameters" in said  # the value has a head of C in place of the language head

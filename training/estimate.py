@@ -28,7 +28,7 @@ class Fused(TorchFunctionMode):
 
 def all_tensors(llama):
     """Parameters and buffers, of whole copies too."""
-    models = [llama, *llama.copies.values()]
+    models = [llama, *getattr(llama, "copies", {}).values()]
     return [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
 
 

@@ -9,6 +9,7 @@ import data
 import model
 import ppo
 from beyond import reward_function
+from beyond.full import FullLlama
 from formats.errors import UserError
 from formats.files import read_json
 from formats.hub import fetch, on_hub
@@ -46,7 +47,7 @@ def open_base(settings, dtype=None):
     """(llama, tokenizer): the frozen base with its tokenizer. Under --dry-run without its weights."""
     folder = base_folder(settings)
     dtype = dtype or getattr(torch, settings.dtype)
-    llama = model.load(folder, settings.device, dtype, weights=not settings.dry_run)
+    llama = model.load(folder, settings.device, dtype, weights=not settings.dry_run, kind=FullLlama)
     tokenizer = data.load_tokenizer(folder, settings.template)
     check_tokenizer(folder, tokenizer, llama.config)
     if not settings.template:
