@@ -187,9 +187,8 @@ class Reward(Training):
     )
     rows_per_prompt: int = opt(
         0,
-        "rows of one prompt in a batch, at most; 0: all, up to half a batch. They share a pass over it; a tiny model "
-        "learns less from many (choice; docs/speed.md)",
-        toy=3,
+        "rows of one prompt in a batch, at most; 0: all, up to half a batch. They share a pass over it (choice; "
+        "docs/speed.md)",
         least=0,
     )
     level: str = opt(

@@ -9,7 +9,7 @@ C3  a PPO update on 7 x (200 + 50) given tokens, sampling apart: ours (policy, v
     statistics) against TRL 0.11.4's PPOTrainer.step, the last there was (one epoch, one minibatch, policy by PEFT with
     a value head on the same trunk; no reward model, scores are given; KL to the base, which we take every 10th step).
 C4  the reward stage on 7 data of SAMSum's lengths, six rows each, 14 rows a step: an update on every one of the 42 rows
-    with prompts shared by all six rows (the default), by three (the toy's), and by none, against transformers + PEFT as
+    with prompts shared by all six rows (the default), by three, and by none, against transformers + PEFT as
     people write it (a linear head on every token, the rows padded). Peak memory beside it.
 C5  bf16 beside fp32, both ours: a step of C2 and the sampling of C1, on a CPU that multiplies bf16 in hardware; on
     another it is left out.
@@ -266,9 +266,7 @@ def c4(size, seconds, results):
     ways = {"shared by three": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
     batches = {}
     for way, most in ways.items():
-        order = itertools.islice(
-            shared_prompts.epochs(rows, s.batch_size, 0, most), 3
-        )  # an epoch
+        order = itertools.islice(shared_prompts.epochs(rows, s.batch_size, 0, most), 3)  # an epoch
         batches[way] = [data.collate([rows[i] for i in index]) for index in order]
         assert sum(len(batch.rows) for batch in batches[way]) == len(rows)
     update = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)

@@ -23,7 +23,7 @@ from training.folders import commit
 from training.inputs import load_rows
 
 # name: --rows-per-prompt. Halves are of rows at random; contrast has the truth and the mismatched output in the same
-# half, apart, the toy's default, in different ones.
+# half, apart in different ones.
 COMPOSITIONS = {"rows": 1, "halves": 3, "groups": 0, "contrast": 3, "apart": 3}
 
 
