@@ -28,7 +28,10 @@ from speed.cpu import few_rows
 
 
 class LoRALinear(nn.Module):
-    """Any frozen linear layer, dense or 4-bit, with any number of named adapters. fp32 masters whatever the base."""
+    """Any frozen linear layer, dense or 4-bit, with any number of named adapters.
+
+    Adapter weights are fp32, whatever the base's dtype.
+    """
 
     def __init__(self, base):
         super().__init__()
@@ -47,7 +50,7 @@ class LoRALinear(nn.Module):
         self.scaling[name] = alpha / r
 
     def plus(self, y, x, name):
-        """y + the adapter's term, y (…, N) being what the base made of x (…, K): two products, the second onto y."""
+        """y + the adapter's term for x (…, K), where y (…, N) is the base's output: two products, the second onto y."""
         if name not in self.lora_A:
             return y
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
@@ -77,25 +80,26 @@ class LoRALinear(nn.Module):
 
 
 def project(layers, x, adapter=None):
-    """[layer(x, adapter) for layer in layers]; 4-bit bases do their products together, see quant.Joined."""
+    """[layer(x, adapter) for layer in layers]; 4-bit bases share one product, see quant.Joined."""
     bases = [layer.base for layer in layers]
-    if all(hasattr(base, "together") for base in bases):
-        ys = bases[0].together(bases, x)
+    if all(hasattr(base, "forward_joined") for base in bases):
+        ys = bases[0].forward_joined(bases, x)
     else:
         ys = [base(x) for base in bases]
     return [layer.adapt(y, x, adapter) for layer, y in zip(layers, ys, strict=True)]
 
 
-def split_by_adapter(adapter, places, T):
-    """Deal places (n,) in the flattened (B T) out to the adapters of an adapter argument: [(name, places)], each
-    counted from the adapter's first row on. Without places: [(name, None)].
+def split_by_adapter(adapter, index, T):
+    """Split flat indices (n,) into (B T) by adapter: [(name, indices)], each relative to the adapter's first row.
+
+    adapter: ((name, rows), …). Without an index: [(name, None)].
     """
-    if places is None:
+    if index is None:
         return [(name, None) for name, _ in adapter]
     parts, start = [], 0
     for name, rows in adapter:
         end = start + rows * T
-        parts.append((name, places[(places >= start) & (places < end)] - start))
+        parts.append((name, index[(index >= start) & (index < end)] - start))
         start = end
     return parts
 
@@ -105,15 +109,16 @@ def split_by_adapter(adapter, places, T):
 
 
 def add_adapter(module, name, r, alpha, targets, generator):
-    """Add adapter `name` to every LoRALinear whose path is, or ends in, one of targets, for example ["q_proj"]."""
-    found = {}  # path -> layer, once each, though two targets may name it
-    for target in targets:
+    """Add adapter `name` to every LoRALinear whose path is, or ends in, one of targets, for example ["q_proj"].
+
+    Raises UserError for a target that names no layer.
+    """
+    found = {}  # path -> layer: each once, even if two targets name it
+    for target in targets or [""]:
         hits = {path: layer for path, layer in lora_layers(module) if f".{path}".endswith(f".{target}")}
         if not hits:
             raise UserError(f"LoRA targets: {target or 'none'}: no such projection in this model")
         found |= hits
-    if not found:
-        raise UserError("LoRA targets: none: no such projection in this model")
     for layer in found.values():
         layer.add(name, r, alpha, generator)
 

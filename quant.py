@@ -85,13 +85,14 @@ class Tiles(NamedTuple):
     Worked example: 1, 2, 3, 4 in the rows 0, 32, 64, 96 of a column and 5, 6, 7, 8 in the rows 1, 33, 65, 97 make its
     first word 0x87654321.
 
-    A step is a scale in fp32 whose last five bits, 0 if it was fp16 or bf16, give way to the zero point z, 0 to 16.
+    `scale_zero`: an fp32 scale whose lowest five mantissa bits (0 in any fp16 or bf16 scale) hold the zero point, 0 to
+    16; one word for each group of up to 32, 64 or 128 rows (1, 2 or 4 slots), and for each 128 rows of a larger one.
     """
 
     words: torch.Tensor  # (T, P, 16) int32
-    steps: torch.Tensor  # (4 T / slots, P) int32: one for 4, 2 or 1 slots, groups of 128 rows or more, 64, 32
-    order: torch.Tensor  # (128 T,) int32: the row of W at this place, K for padding
-    gather: bool  # whether that is anything but 0, 1, 2, ...: the columns of x must follow
+    scale_zero: torch.Tensor  # (4 T / slots, P) int32
+    order: torch.Tensor  # (128 T,) int32: the row of W at each position, K for padding
+    gather: bool  # whether order is anything but 0, 1, 2, ...: the columns of x must then be gathered
     K: int
     N: int
 
@@ -100,11 +101,11 @@ def to_tiles(qweight, qzeros, scales, g_idx, zero_offset):
     """The tensors of a GPTQ layer -> Tiles."""
     K, (G, N) = len(g_idx), scales.shape
     count = g_idx.bincount(minlength=G)  # (G,) rows of each group
-    unit = next(unit for unit in (32, 64, 128) if unit >= min(int(count.max()), 128))  # rows that share a step
+    unit = next(unit for unit in (32, 64, 128) if unit >= min(int(count.max()), 128))  # rows that share a scale
     padded = -(-count // unit) * unit  # (G,)
     T, P = -(-int(padded.sum()) // 128), -(-N // 128) * 128
     row = g_idx.argsort(stable=True)  # (K,) the rows, group by group
-    shift = (padded - count).cumsum(0) - (padded - count)  # (G,) what was padded before each group
+    shift = (padded - count).cumsum(0) - (padded - count)  # (G,) padding before each group
     order = torch.full((128 * T,), K, dtype=torch.int32, device=row.device)
     order[torch.arange(K, device=row.device) + shift[g_idx[row]]] = row.int()
 
@@ -112,10 +113,11 @@ def to_tiles(qweight, qzeros, scales, g_idx, zero_offset):
     q = q.view(T, 4, 16, 2, P).permute(0, 2, 3, 1, 4).flatten(0, 3)  # (128 T, P), by tile, word, half and slot
     words = pack_rows(q).view(T, 16, P).transpose(1, 2).contiguous()  # (T, P, 16)
     z = unpack_rows(qzeros.T.contiguous()).T + zero_offset  # (G, N)
-    steps = (scales.float().view(torch.int32) & -32) | z  # (G, N)
-    steps = F.pad(steps.repeat_interleave(padded // unit, 0), (0, P - N))  # (…, P)
-    steps = F.pad(steps, (0, 0, 0, 128 * T // unit - len(steps)))  # (4 T / slots, P)
-    return Tiles(words, steps, order, not torch.equal(order, torch.arange(K, device=row.device)), K, N)
+    scale_zero = (scales.float().view(torch.int32) & -32) | z  # (G, N)
+    scale_zero = F.pad(scale_zero.repeat_interleave(padded // unit, 0), (0, P - N))  # (…, P)
+    scale_zero = F.pad(scale_zero, (0, 0, 0, 128 * T // unit - len(scale_zero)))  # (4 T / slots, P)
+    gather = not torch.equal(order, torch.arange(K, device=row.device))
+    return Tiles(words, scale_zero, order, gather, K, N)
 
 
 def from_tiles(tiles):
@@ -123,7 +125,7 @@ def from_tiles(tiles):
     T, P, _ = tiles.words.shape
     q = unpack_rows(tiles.words.transpose(1, 2).flatten(0, 1))  # (128 T, P), by tile, word, half and slot
     q = q.view(T, 16, 2, 4, P).permute(0, 3, 1, 2, 4).flatten(0, 3)  # (128 T, P), by tile, slot, word and half
-    position = tiles.order.argsort()[: tiles.K]  # (K,) the place of each row of W
+    position = tiles.order.argsort()[: tiles.K]  # (K,) where each row of W is
     return pack_rows(q[position, : tiles.N])
 
 
@@ -134,23 +136,26 @@ if triton:
 
     @triton.jit
     def _matmul_kernel(
-        x, words, steps, out, M, N, T,
+        x, words, scale_zero, out, M, N, T,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SLOTS: tl.constexpr,
     ):  # fmt: skip
-        """out (S, M, N) = x (M, 128 T) W: a program owns BLOCK_M x BLOCK_N of it and one of S shares of the tiles.
+        """out (S, M, N) = x (M, 128 T) W: a program sums one of S shares of the tiles, for BLOCK_M x BLOCK_N of it.
 
-        An H200 is sent 8 T weights a second and issues 30 T instructions: under 4 a weight must do. So the weights are
-        the left operand, y^T = W^T x^T, of which tensor cores want 16 rows, more than M has in decoding; they go in as
-        128 + q, neither converted nor scaled; and the rest is done to the sums of a group:
+        An H200 reads 8e12 4-bit weights a second and issues 30e12 instructions a second, so that a weight may cost
+        fewer than 4. Hence:
+
+        1. The weights are the left operand, y^T = W^T x^T: tensor cores want 16 rows there, more than M in decoding.
+        2. They enter the product as 128 + q, neither converted nor scaled.
+        3. Scale and zero point are applied to the sum over a group:
 
             sum of (q - z) s x  =  s (sum of (128 + q) x  -  (128 + z) sum of x)
 
-        The sum of x is a product with ones, shared by all columns. The 128 costs fp32 sums 5 of their 24 bits; in fp16
-        it is 1024, and 8 bits.
+        The sum of x is a product with ones, shared by all columns. The 128 costs the fp32 sums 5 of their 24 bits; in
+        fp16 it is 1024 and costs 8; in fp32 it is 0.
         """
         dtype: tl.constexpr = x.dtype.element_ty
         BIAS: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024 if dtype == tl.float16 else 0
-        GROUPS: tl.constexpr = 4 // SLOTS  # steps a tile
+        GROUPS: tl.constexpr = 4 // SLOTS  # words of scale_zero a tile
         P = tl.cdiv(N, 128) * 128
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -158,15 +163,15 @@ if triton:
         first, last = T * split // S, T * (split + 1) // S
         x += m[None, :] * T * 128 + first * 128 + tl.arange(0, 32)[:, None]  # (32, BLOCK_M): x^T
         words += (first * P + n[:, None]) * 16 + tl.arange(0, 16)[None, :]  # (BLOCK_N, 16)
-        steps += first * GROUPS * P + n  # (BLOCK_N,)
+        scale_zero += first * GROUPS * P + n  # (BLOCK_N,)
         ones = tl.full((BLOCK_N, 32), 1.0, dtype)
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for _ in tl.range(first, last, num_stages=STAGES):
-            word = tl.load(words, eviction_policy="evict_first")  # read once: leave the L2 to the rest
+            word = tl.load(words, eviction_policy="evict_first")  # read once: leave the L2 cache to the rest
             for group in tl.static_range(GROUPS):
-                step = tl.load(steps + group * P)
-                s = (step & -32).to(tl.float32, bitcast=True)
-                z = ((step & 31) + BIAS).to(tl.float32)
+                both = tl.load(scale_zero + group * P)  # (BLOCK_N,)
+                s = (both & -32).to(tl.float32, bitcast=True)
+                z = ((both & 31) + BIAS).to(tl.float32)
                 qx = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 sum_x = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
                 for slot in tl.static_range(group * SLOTS, group * SLOTS + SLOTS):
@@ -176,7 +181,7 @@ if triton:
                 acc += s[:, None] * (qx - z[:, None] * sum_x)
             x += 128
             words += P * 16
-            steps += GROUPS * P
+            scale_zero += GROUPS * P
         out += (split * M + m[None, :]) * N + n[:, None]
         tl.store(out, acc.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
@@ -184,8 +189,8 @@ if triton:
     def _unpack(word, slot: tl.constexpr, dtype: tl.constexpr):
         """The rows of a slot, (BLOCK_N, 16) words -> (BLOCK_N, 32): 128 + q in bf16, 1024 + q in fp16, q in fp32.
 
-        The last four bits of the bf16 0x4300 = 128 count ones, as do those of the fp16 0x6400 = 1024: a nibble needs
-        only be or-ed in, two at a time. Joining the halves costs nothing: the tensor cores read them in this order.
+        In bf16 128 is 0x4300, in fp16 1024 is 0x6400, and the lowest four bits of both are worth 8, 4, 2 and 1: or-ing
+        q in adds it, two at a time. Joining the halves costs nothing: the tensor cores read them in this order.
         """
         half: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
         pair = ((word >> (4 * slot)) & 0x000F000F) | (0x43004300 if dtype == tl.bfloat16 else 0x64006400)
@@ -197,21 +202,22 @@ if triton:
     def _sum_kernel(parts, out, size, S, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
         """out (size,) = the sum of parts (S, size), S <= SPLITS: always in the same order, unlike atomic additions."""
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        split = tl.arange(0, SPLITS)[:, None]  # (SPLITS, 1): all loads are under way at once
+        split = tl.arange(0, SPLITS)[:, None]  # (SPLITS, 1): all loads are issued at once
         part = tl.load(parts + split * size + i[None, :], mask=(split < S) & (i < size)[None, :], other=0.0)
         tl.store(out + i, tl.sum(part, 0).to(out.dtype.element_ty), mask=i < size)
 
     @triton.jit
-    def _dequantize_kernel(words, steps, order, out, P, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr):
-        """out (K + 1, P) = the dense weight, a tile of BLOCK_N columns a program; what pads goes to row K."""
+    def _dequantize_kernel(words, scale_zero, order, out, P, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr):
+        """out (K + 1, P) = the dense weight, a tile of BLOCK_N columns a program; padding is written to row K."""
         t = tl.program_id(1)
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         slot = tl.arange(0, 4)[:, None]  # (4, 1)
         row = t * 128 + 32 * slot + 2 * tl.arange(0, 16)[None, :]  # (4, 16)
         word = tl.load(words + (t * P + n[:, None]) * 16 + tl.arange(0, 16)[None, :])  # (BLOCK_N, 16)
-        step = tl.load(steps + (t * (4 // SLOTS) + tl.arange(0, 4)[None, :] // SLOTS) * P + n[:, None])[:, :, None]
-        s = (step & -32).to(tl.float32, bitcast=True)
-        shift = -((step & 31) + 128).to(tl.float32) * s  # exact: 8 bits times the 11 of an fp16
+        group = t * (4 // SLOTS) + tl.arange(0, 4)[None, :] // SLOTS  # (1, 4)
+        both = tl.load(scale_zero + group * P + n[:, None])[:, :, None]  # (BLOCK_N, 4, 1)
+        s = (both & -32).to(tl.float32, bitcast=True)
+        shift = -((both & 31) + 128).to(tl.float32) * s  # exact: 8 bits times the 11 of an fp16
         pair = ((word[:, None, :] >> (4 * slot)) & 0x000F000F) | 0x43004300  # (BLOCK_N, 4, 16), as in _unpack
         for half in tl.static_range(2):
             q = pair & -65536 if half else pair << 16  # the bf16 128 + q, widened to fp32
@@ -220,17 +226,18 @@ if triton:
             tl.store(line + n[:, None, None], w.to(out.dtype.element_ty))
 
 
-# M up to, BLOCK_M, BLOCK_N, warps, stages. Picked by what the compiler makes of them for sm_90 (`make sass`): 2.0, 2.3,
-# 2.9 and 4.4 instructions a weight, no spills. With two warps Triton multiplies by mma, which shares the products with
-# ones and waits for nothing; 64 rows are worth four and wgmma. No GPU has timed these, KERNEL_ROWS or PROGRAMS yet.
-CONFIGS = ((8, 8, 128, 2, 4), (16, 16, 128, 2, 4), (32, 32, 128, 2, 3), (64, 64, 128, 4, 3))
+# BLOCK_M, BLOCK_N, warps, stages: the first that holds all M rows, or the last. Chosen by the instructions that the
+# compiler emits for sm_90 (`make sass`): 2.0, 2.3, 2.9 and 4.4 a weight, no spills. With two warps Triton multiplies by
+# mma, which shares the products with ones and waits for nothing; 64 rows are worth four warps and wgmma.
+# No GPU has timed these, KERNEL_ROWS or PROGRAMS yet.
+CONFIGS = ((8, 128, 2, 4), (16, 128, 2, 4), (32, 128, 2, 3), (64, 128, 4, 3))
 KERNEL_ROWS = 64  # up to here the packed kernel, above it dequantise and use cuBLAS
-PROGRAMS = 4 * 132  # that splitting K is to reach: four for each multiprocessor of a Hopper
-FUSED = {"enable_fp_fusion": True}  # a b + c as one instruction; Triton 3.9 warns where nothing is said
+PROGRAMS = 4 * 132  # K is split until there are so many: four for each multiprocessor of a Hopper
+FUSED = {"enable_fp_fusion": True}  # a b + c as one instruction; Triton 3.9 warns if this is not set
 
 
 def triton_matmul(x, tiles):
-    """x (M, K) times the packed weight, without ever making it dense: (M, N), dtype of x.
+    """x (M, K) times the packed weight, which is never made dense: (M, N), dtype of x.
 
     Needs a GPU, or TRITON_INTERPRET=1.
     """
@@ -239,13 +246,13 @@ def triton_matmul(x, tiles):
         x = F.pad(x, (0, 1))  # a column K of zeros for the padding
     if tiles.gather:
         x = x.index_select(1, tiles.order)
-    _, BLOCK_M, BLOCK_N, warps, stages = next((c for c in CONFIGS if c[0] >= M), CONFIGS[-1])
+    BLOCK_M, BLOCK_N, warps, stages = next((config for config in CONFIGS if config[0] >= M), CONFIGS[-1])
     grid = P // BLOCK_N, triton.cdiv(M, BLOCK_M)
     S = max(1, min(PROGRAMS // (grid[0] * grid[1]), T // 2, 16))  # two tiles at least: one loads, one is computed
     parts = torch.empty(S, M, N, dtype=x.dtype if S == 1 else torch.float32, device=x.device)
     _matmul_kernel[(*grid, S)](
-        x.contiguous(), tiles.words.contiguous(), tiles.steps.contiguous(), parts, M, N, T,
-        BLOCK_M, BLOCK_N, stages, SLOTS=4 * T // len(tiles.steps), num_warps=warps, **FUSED,
+        x.contiguous(), tiles.words.contiguous(), tiles.scale_zero.contiguous(), parts, M, N, T,
+        BLOCK_M, BLOCK_N, stages, SLOTS=4 * T // len(tiles.scale_zero), num_warps=warps, **FUSED,
     )  # fmt: skip
     if S == 1:
         return parts[0]
@@ -260,7 +267,7 @@ SCRATCH = {}  # (device, dtype) -> memory for the largest dense weight so far
 def triton_dequantize(tiles, dtype, shared=False):
     """`dequantize` in one kernel: (K, N) of the given dtype. Needs a GPU, or TRITON_INTERPRET=1.
 
-    shared: in the one memory that all layers share; the next call overwrites it.
+    shared: in one buffer for all layers, which the next call overwrites.
     """
     T, P, _ = tiles.words.shape
     key, size = (tiles.words.device, dtype), (tiles.K + 1) * P
@@ -269,9 +276,9 @@ def triton_dequantize(tiles, dtype, shared=False):
         out = torch.empty(size, dtype=dtype, device=tiles.words.device)
     if shared:
         SCRATCH[key] = out
-    slots = 4 * T // len(tiles.steps)
-    words, steps = tiles.words.contiguous(), tiles.steps.contiguous()  # copies for one of several joined layers alone
-    _dequantize_kernel[P // 128, T](words, steps, tiles.order, out, P, BLOCK_N=128, SLOTS=slots, num_warps=2, **FUSED)
+    words, scale_zero = tiles.words.contiguous(), tiles.scale_zero.contiguous()  # copied only for one of joined layers
+    grid, slots = (P // 128, T), 4 * T // len(scale_zero)
+    _dequantize_kernel[grid](words, scale_zero, tiles.order, out, P, BLOCK_N=128, SLOTS=slots, num_warps=2, **FUSED)
     return out[: tiles.K * P].view(tiles.K, P)[:, : tiles.N]
 
 
@@ -307,26 +314,26 @@ def multiply(x, layer):
     return QuantMatmul.apply(x, layer) if x.requires_grad else product(x, layer)
 
 
-class Dense:
-    """What a layer and several joined ones have in common: their dense weight."""
+class PackedWeight:
+    """A 4-bit weight, that of one layer or of several joined, and its dense form."""
 
     def weight(self, dtype, shared=False):
         """The dense weight (K, N): on a CPU made once and kept, on a GPU made again for each product.
 
-        shared: on a GPU, in memory that all layers share, to be used before the next layer asks for its own.
+        shared: on a GPU, in one buffer for all layers, which the next call overwrites.
         """
         if self.dense is not None and self.dense.dtype == dtype:
             return self.dense
         if self.tiles_on_gpu():
             return triton_dequantize(self.tiles, dtype, shared)
-        self.dense = self.unpacked(dtype)
+        self.dense = self.make_dense(dtype)
         return self.dense
 
 
-class Joined(Dense):
-    """Layers of one input as one: their columns are side by side in one tensor, and each layer has a view of its part.
+class Joined(PackedWeight):
+    """Several layers of one input as one: one tensor holds their columns side by side, and each has a view of its part.
 
-    One product for q, k, v and one for gate, up: fewer kernels to launch, and act-order's gather is done once.
+    One product for q, k and v and one for gate and up: fewer kernels to launch, and act-order's gather is done once.
     """
 
     def __init__(self, layers):
@@ -339,14 +346,14 @@ class Joined(Dense):
         found = [layer.tiles_on_gpu() for layer in self.layers]
         if found[0] and not self.tiles:
             words = torch.cat([tiles.words for tiles in found], 1)  # (T, sum of P, 16)
-            steps = torch.cat([tiles.steps for tiles in found], 1)
+            scale_zero = torch.cat([tiles.scale_zero for tiles in found], 1)  # (4 T / slots, sum of P)
             widths = [tiles.words.shape[1] for tiles in found]
-            self.tiles = found[0]._replace(words=words, steps=steps, N=sum(widths))
-            for layer, w, s in zip(self.layers, words.split(widths, 1), steps.split(widths, 1), strict=True):
-                layer.tiles = layer.tiles._replace(words=w, steps=s)
+            self.tiles = found[0]._replace(words=words, scale_zero=scale_zero, N=sum(widths))
+            for layer, w, sz in zip(self.layers, words.split(widths, 1), scale_zero.split(widths, 1), strict=True):
+                layer.tiles = layer.tiles._replace(words=w, scale_zero=sz)
         return self.tiles
 
-    def unpacked(self, dtype):
+    def make_dense(self, dtype):
         """As in QuantLinear; from here on each layer's own weight is a part of this one."""
         dense = torch.cat([layer.weight(dtype) for layer in self.layers], 1)
         parts = dense.split([layer.out_features for layer in self.layers], 1)
@@ -362,7 +369,7 @@ class Joined(Dense):
         return [layer.add_bias(part[..., : layer.out_features]) for layer, part in parts]
 
 
-class QuantLinear(Dense, nn.Module):
+class QuantLinear(PackedWeight, nn.Module):
     """A frozen 4-bit linear layer, K inputs to N outputs; it replaces an nn.Linear(K, N).
 
     Its buffers are the tensors of the file. On a GPU the first product replaces qweight by tiles, so that the weights
@@ -382,43 +389,36 @@ class QuantLinear(Dense, nn.Module):
         self.register_buffer("bias", torch.zeros(N) if bias else None)
         self.tiles = None  # the GPU's form of the first four, never saved
         self.dense = None  # the CPU's cache, never saved
-        self.joined = None  # with whom it shares its product
+        self.joined = None  # the Joined whose product it takes part in
 
-    def problem(self):
-        """What is wrong with the loaded tensors, or "": numbers that would yield nonsense or read out of bounds."""
-        if not self.scales.isfinite().all() or not self.scales.any():
-            return "scales: not finite, or all 0"
-        if int(self.g_idx.min()) < 0 or int(self.g_idx.max()) >= len(self.scales):
-            return f"g_idx: groups {self.g_idx.min()} to {self.g_idx.max()}, expected 0 to {len(self.scales) - 1}"
-        return ""
-
-    def pack(self):
+    def make_tiles(self):
         """Replace qweight by tiles."""
         with torch.inference_mode(False):  # sampling may come here first, and then autograd
             self.tiles = to_tiles(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset)
         self.qweight, self.dense = None, None
 
-    def unpack(self):
+    def restore_qweight(self):
+        """Replace the tiles, if there are any, by qweight."""
         if self.tiles:
             self.qweight, self.tiles = from_tiles(self.tiles), None
         self.joined = None
 
     def _apply(self, *args, **kwargs):  # .to(device)
-        self.unpack()
+        self.restore_qweight()
         self.dense = None
         return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, *args):
-        self.unpack()
+        self.restore_qweight()
         super()._save_to_state_dict(*args)
 
     def tiles_on_gpu(self):
         """The tiles, where the weights are on a GPU, else None."""
         if self.scales.is_cuda and not self.tiles:
-            self.pack()
+            self.make_tiles()
         return self.tiles
 
-    def unpacked(self, dtype):
+    def make_dense(self, dtype):
         """The dense weight (K, N), by the definition."""
         return dequantize(self.qweight, self.qzeros, self.scales, self.g_idx, self.zero_offset).to(dtype)
 
@@ -429,8 +429,8 @@ class QuantLinear(Dense, nn.Module):
         return self.add_bias(multiply(x, self))
 
     @staticmethod
-    def together(layers, x):
-        """[layer(x) for layer in layers], by one product where all read the rows in one order."""
+    def forward_joined(layers, x):
+        """[layer(x) for layer in layers], by one product if their g_idx are equal."""
         joined = layers[0].joined
         if joined is None or any(layer.joined is not joined for layer in layers):
             joined = Joined(layers)
@@ -454,8 +454,9 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
     weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
     -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
     damp: share of H's mean diagonal added to it. search: see `symmetric_scale`.
-    block: columns whose corrections to the rest are applied at once; only the speed depends on it, unless a group is
-    wider than a block: its scale is then set before all corrections.
+    block: columns whose corrections to the rest are applied at once. It changes only the speed, unless a group is wider
+    than a block and not a multiple of it: the group's scale is then set before the corrections of the block in which
+    it begins.
     Returns (qweight, qzeros, scales, g_idx) in the v1 format, symmetric (z = 8), on the weight's device.
     """
     N, K = weight.shape
@@ -488,29 +489,19 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
     return pack(Q[:, position].T, scales, (position // group_size).to(torch.int32))
 
 
-def round_to_nearest(weight, group_size=128):
-    """The same format without the error feedback: what `gptq` must beat."""
-    N, K = weight.shape
-    group_size = K if group_size == -1 else group_size
-    g_idx = torch.arange(K, dtype=torch.int32) // group_size
-    scales = torch.stack([symmetric_scale(group) for group in weight.float().split(group_size, dim=1)])  # (G, N)
-    Q = (weight.float().T / scales[g_idx]).round().clamp(-8, 7) + 8  # (K, N)
-    return pack(Q, scales, g_idx)
-
-
 def symmetric_scale(weight, search=False):
-    """(N, group) -> (N,): the step at which -8..7 just spans the weights; rounded to fp16, as it will be stored.
+    """(N, group) -> (N,): the scale at which -8..7 just spans the weights; rounded to fp16, as it will be stored.
 
-    search: or a smaller one, down to half of it, if the group's squared rounding error is smaller: a step that cuts off
-    the largest weight rounds all others more finely.
+    search: or a smaller one, down to half of it, if the group's squared rounding error is smaller: a scale that cuts
+    off the largest weight rounds all others more finely.
     """
     widest = (weight.abs().amax(1) / 7.5).clamp(min=1e-5)  # (N,)
     best = widest.half().float()
     least = torch.full_like(best, torch.inf)  # error
     for share in torch.linspace(1, 0.5, 26).tolist() if search else ():
         scale = (widest * share).clamp(min=1e-5).half().float()
-        steps = scale[:, None]  # (N, 1)
-        error = ((weight / steps).round().clamp(-8, 7) * steps - weight).square().sum(1)  # (N,)
+        s = scale[:, None]  # (N, 1)
+        error = ((weight / s).round().clamp(-8, 7) * s - weight).square().sum(1)  # (N,)
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
@@ -526,11 +517,11 @@ def pack(Q, scales, g_idx):
 def quantize_blocks(blocks, hidden, run, stages=None, progress=iter, **how):
     """Replace every nn.Linear inside a stack of blocks by a QuantLinear, first block first, in place.
 
-    blocks: modules that follow one another. hidden: calibration inputs of the first block, a list of (1, T, C).
-    run(block, h) -> h: how a block is called. how: arguments of `gptq`. Each block is calibrated on what the quantised
-    blocks before it put out, as GPTQ prescribes. stages: parts of layer names, [("q_proj", "k_proj"), …]: within a
-    block, too, each stage is calibrated on what the stages before it put out; None: the block's inputs are collected
-    once. Raises UserError for a layer whose widths are not multiples of 8.
+    blocks: modules that follow one another. hidden: calibration inputs of the first block, a list of tensors.
+    run(block, h) -> h: how a block is called. how: arguments of `gptq`. Each block is calibrated on the outputs of the
+    quantised blocks before it, as GPTQ prescribes. stages: parts of layer names, [("q_proj", "k_proj"), …]: within a
+    block, too, each stage is calibrated on the outputs of the quantised stages before it; None: the inputs of all
+    layers are collected once. Raises UserError for a layer whose widths are not multiples of 8.
     """
     for block in progress(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

@@ -89,9 +89,14 @@ def inspect_layers(folder, layers, quantization, has_bias):
     declares a bias. Raises UserError naming the layer.
     """
     for name, layer in layers.items():
-        problem = layer.problem()
-        if problem:
-            raise UserError(f"{folder}: {name}.{problem}; download the model again")
+        scales, g_idx, G = layer.scales, layer.g_idx, len(layer.scales)
+        if not scales.isfinite().all() or not scales.any():
+            raise UserError(f"{folder}: {name}.scales: not finite, or all 0; download the model again")
+        if int(g_idx.min()) < 0 or int(g_idx.max()) >= G:
+            raise UserError(
+                f"{folder}: {name}.g_idx: groups {g_idx.min()} to {g_idx.max()}, expected 0 to {G - 1}; "
+                "download the model again"
+            )
         if layer.bias is not None and not has_bias(name):
             if layer.bias.any():
                 raise UserError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import damage_folder, dense_twin, int32, packed_folder
+from rounding import round_to_nearest
 from safetensors.torch import load_file
 
 import model
@@ -109,7 +110,7 @@ def test_first_word_of_a_tile():
     tiles = quant.to_tiles(quant.pack_rows(q), qzeros, scales, torch.zeros(128, dtype=torch.int32), 1)
     assert tiles.words.shape == (1, 128, 16) and tiles.words.count_nonzero() == 2
     assert tiles.words[0, 0, 0] == tiles.words[0, 3, 15] == int32(0x87654321)
-    assert tiles.steps[0, :8].tolist() == [0x3F400000 + z for z in range(1, 9)]  # 0.75 in fp32, z in the last bits
+    assert tiles.scale_zero[0, :8].tolist() == [0x3F400000 + z for z in range(1, 9)]  # 0.75 in fp32, z in the last bits
     assert not tiles.gather and tiles.order.tolist() == list(range(128))
 
 
@@ -122,7 +123,7 @@ def test_tiles_come_back_as_they_were(group_size, slots, act_order):
     qweight, *rest, g_idx = random_packed(240, 104, group_size, act_order)
     tiles = quant.to_tiles(qweight, *rest, g_idx, 1)
     assert torch.equal(quant.from_tiles(tiles), qweight)
-    assert 4 * len(tiles.words) // len(tiles.steps) == slots
+    assert 4 * len(tiles.words) // len(tiles.scale_zero) == slots
     for rows in tiles.order.split(32 * slots):
         assert len(g_idx[rows[rows < 240]].unique()) <= 1
     assert tiles.order[tiles.order < 240].sort().values.tolist() == list(range(240))
@@ -284,7 +285,7 @@ def test_tiles_change_nothing(rows, act_order, monkeypatch):
     W = quant.dequantize(layer.qweight, layer.qzeros, layer.scales, layer.g_idx, 1).cpu()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     with torch.inference_mode():  # the sampler comes first
-        layer.pack()
+        layer.make_tiles()
     assert layer.qweight is None
     x, dy = torch.randn(rows, 200), torch.randn(rows, 104)
     leaf = x.to(device()).requires_grad_()
@@ -303,7 +304,7 @@ def test_moving_brings_the_words_back():
     """A CPU has no use for tiles: a layer that comes from a GPU must compute there as if it had never left."""
     layer, x = random_layer(64, 64), torch.randn(3, 64)
     y = layer(x)
-    layer.pack()
+    layer.make_tiles()
     layer.dense = None
     assert torch.equal(layer.to("cpu")(x), y) and layer.tiles is None
 
@@ -340,13 +341,13 @@ def test_joined_layers_equal_single_ones(rows, packed, act_order, monkeypatch):
     before = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in layers]
     if packed:
         for layer in layers:
-            layer.pack()
+            layer.make_tiles()
     kernel, calls = ("triton_matmul" if rows <= quant.KERNEL_ROWS else "triton_dequantize"), []
     if packed:
         original = getattr(quant, kernel)
         monkeypatch.setattr(quant, kernel, lambda *a, **k: calls.append(a) or original(*a, **k))
     leaf = x.to(device()).requires_grad_()
-    ys = quant.QuantLinear.together(layers, leaf[None])
+    ys = quant.QuantLinear.forward_joined(layers, leaf[None])
     assert len(calls) == int(packed)
     for y, W, layer in zip(ys, weights, layers, strict=True):
         assert_near(y[0], x @ W + (0 if layer.bias is None else layer.bias.cpu()), 1e-5)
@@ -365,7 +366,7 @@ def test_layers_in_different_orders_stay_apart():
     """Act-order may sort the rows of each layer differently; joined they would be read in the order of the first."""
     layers, x = siblings(order=torch.arange(200, dtype=torch.int32).flip(0) // 64), torch.randn(3, 200)
     expected = [layer(x) for layer in layers]
-    ys = quant.QuantLinear.together(layers, x)
+    ys = quant.QuantLinear.forward_joined(layers, x)
     assert not layers[0].joined.possible
     assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
 
@@ -373,11 +374,11 @@ def test_layers_in_different_orders_stay_apart():
 def test_a_moved_layer_is_joined_anew():
     """Moving a layer takes its weights out of the common memory: the next product must see the layer's, not the old."""
     layers, x = siblings(), torch.randn(3, 200)
-    quant.QuantLinear.together(layers, x)
+    quant.QuantLinear.forward_joined(layers, x)
     joined = layers[0].joined
     layers[1].to("cpu")
     assert layers[1].joined is None
-    quant.QuantLinear.together(layers, x)
+    quant.QuantLinear.forward_joined(layers, x)
     assert layers[0].joined is layers[1].joined is not joined
 
 
@@ -406,7 +407,7 @@ def output_error(weight, packed, hessian):
 def test_gptq_beats_rounding(group_size, act_order):
     """On its own calibration inputs the error of the outputs is below that of rounding: all that GPTQ is for."""
     W, hessian = torch.randn(24, 128, generator=torch.Generator().manual_seed(1)), hessian_of(correlated(128))
-    rounded = output_error(W, quant.round_to_nearest(W, group_size), hessian)
+    rounded = output_error(W, round_to_nearest(W, group_size), hessian)
     clever = output_error(W, quant.gptq(W, hessian, group_size, act_order), hessian)
     assert 0 < clever < 0.5 * rounded  # it is 0.02 to 0.3 here
 
@@ -415,7 +416,7 @@ def test_output_error_is_the_error_of_the_outputs():
     """The yardstick of the test above equals the mean squared difference of real outputs."""
     W, x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)), correlated(64)
     layer = quant.QuantLinear(64, 16, 32)
-    layer.qweight, layer.qzeros, layer.scales, layer.g_idx = packed = quant.round_to_nearest(W, 32)
+    layer.qweight, layer.qzeros, layer.scales, layer.g_idx = packed = round_to_nearest(W, 32)
     direct = (layer(x) - x @ W.T).square().mean().item()
     assert output_error(W, packed, hessian_of(x)) == pytest.approx(direct, rel=1e-4)
 
@@ -424,7 +425,7 @@ def test_independent_inputs_leave_nothing_to_correct():
     """With a diagonal Hessian no column can make up for another's error, so GPTQ must be rounding, to the bit."""
     W = torch.randn(16, 96, generator=torch.Generator().manual_seed(1))
     packed = quant.gptq(W, torch.linspace(1, 3, 96).diag(), group_size=32)
-    assert all(torch.equal(a, b) for a, b in zip(packed, quant.round_to_nearest(W, 32), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(packed, round_to_nearest(W, 32), strict=True))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -456,7 +457,7 @@ def test_dead_inputs():
     packed = quant.gptq(W, hessian, 32)
     back = quant.dequantize(*packed, zero_offset=1)
     assert back.isfinite().all() and (back[[3, 40]] == 0).all()
-    assert output_error(W, packed, hessian) < output_error(W, quant.round_to_nearest(W, 32), hessian)
+    assert output_error(W, packed, hessian) < output_error(W, round_to_nearest(W, 32), hessian)
 
 
 @pytest.mark.parametrize("act_order", [False, True])

@@ -22,8 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests"))
 
 import torch  # noqa: E402
+from rounding import round_to_nearest  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
@@ -59,7 +61,7 @@ def tiny_llama(size, packed=False, dtype=torch.float32):
             N, K = layer.base.weight.shape
             packed_layer = quant.QuantLinear(K, N, 32)
             names = ("qweight", "qzeros", "scales", "g_idx")
-            for name, tensor in zip(names, quant.round_to_nearest(layer.base.weight.detach(), 32), strict=True):
+            for name, tensor in zip(names, round_to_nearest(layer.base.weight.detach(), 32), strict=True):
                 setattr(packed_layer, name, tensor)
             layer.base = packed_layer
     for parameter in llama.parameters():

@@ -27,7 +27,7 @@ import quant  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {"words": "*i32", "steps": "*i32", "order": "*i32"}
+POINTERS = {"words": "*i32", "scale_zero": "*i32", "order": "*i32"}
 
 
 def build(kernel, types, constants, warps):
@@ -70,15 +70,15 @@ def products():
     """(name, goal, instructions a weight, the loop, registers, stack, shared) of the product's configurations."""
     cases = [(config, "bf16", 4) for config in quant.CONFIGS] + [(config, "fp16", 4) for config in quant.CONFIGS[:2]]
     cases += [(config, "bf16", slots) for slots in (2, 1) for config in quant.CONFIGS[:2]]
-    for (M, BLOCK_M, BLOCK_N, warps, stages), dtype, slots in cases:
+    for (BLOCK_M, BLOCK_N, warps, stages), dtype, slots in cases:
         constants = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "STAGES": stages, "SLOTS": slots}
         types = {"x": f"*{dtype}", "out": "*fp32"}
         instructions, labels, *sizes = build(quant._matmul_kernel, types, constants, warps)
         loop = inner_loop(instructions, labels)
         weights = BLOCK_N * 128 / (32 * warps)  # a thread
         yield (
-            f"product, M <= {M}, {dtype}, group {32 * slots}",
-            3.7 if M <= 16 else None,
+            f"product, M <= {BLOCK_M}, {dtype}, group {32 * slots}",
+            3.7 if BLOCK_M <= 16 else None,
             len(loop) / weights,
             loop,
             *sizes,
