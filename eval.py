@@ -13,9 +13,10 @@ ROUGE: Lin 2004, the rouge-score package, no stemmer. BLEURT: Pu et al. 2021, th
 """
 
 import itertools
-import unicodedata
 
 import numpy as np
+
+from beyond.words import UnicodeTokenizer, choose_tokenizer, count_words
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -45,13 +46,12 @@ rougeL-F1           0.23 0.38 0.41 0.27 0.40   0.14 0.19 0.31 0.15 0.33
 rougeL-precision    0.16 0.35 0.41 0.20 0.40   0.09 0.13 0.33 0.10 0.35
 rougeL-recall       0.50 0.49 0.46 0.49 0.48   0.31 0.40 0.31 0.30 0.32
 """
-PAPER_DATA = ("samsum", "xsum")
-NAMES = {"samsum": "SAMSum", "xsum": "XSum"}
+PAPER_DATA = {"samsum": "SAMSum", "xsum": "XSum"}
 
 
 def paper_numbers(data):
     """{metric: {column: number as printed}} of the paper, data "samsum" or "xsum"."""
-    first = PAPER_DATA.index(data) * len(COLUMNS)
+    first = list(PAPER_DATA).index(data) * len(COLUMNS)
     rows = (line.split() for line in PAPER.strip().splitlines())
     return {metric: dict(zip(COLUMNS, numbers[first:], strict=False)) for metric, *numbers in rows}
 
@@ -96,40 +96,6 @@ def with_cleaned(predictions):
         if name in predictions:
             columns[f"{name} cleaned"] = [clean(text) for text in predictions[name]]
     return {name: columns[name] for name in COLUMNS if name in columns}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Words. rouge-score drops everything but a-z and 0-9: identical Russian or Chinese texts would score 0. English keeps
-# that tokenizer, which is the paper's; other languages get one that knows Unicode.
-
-NO_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"  # scripts without spaces
-UNICODE_WORD = rf"{NO_SPACES}\p{{M}}*|(?!{NO_SPACES})[\p{{L}}\p{{N}}](?:(?!{NO_SPACES})[\p{{L}}\p{{N}}\p{{M}}])*"
-FOREIGN_SHARE = 0.005  # of letters beyond ASCII; English has under 0.0002 (SAMSum, XSum), German and French over 0.02
-
-
-def choose_tokenizer(references):
-    """ "ascii" or "unicode" for a data set, by the share of letters beyond ASCII in its references."""
-    text = "".join(references)
-    letters = sum(c.isalpha() for c in text)
-    foreign = sum(c.isalpha() and not c.isascii() for c in text)
-    return "unicode" if foreign > FOREIGN_SHARE * letters else "ascii"
-
-
-class UnicodeTokenizer:
-    """Words of letters, digits and their combining marks; single characters in scripts without spaces.
-
-    Example: UnicodeTokenizer().tokenize("für 公园!") -> ["für", "公", "园"].
-    """
-
-    def tokenize(self, text):
-        import regex  # here, so that a machine that only trains can do without it
-
-        return regex.findall(UNICODE_WORD, unicodedata.normalize("NFC", text).lower())
-
-
-def count_words(text, tokenizer):
-    """The length of a text in words: between spaces ("ascii", the paper's), or in the tokenizer's units ("unicode")."""
-    return len(text.split()) if tokenizer == "ascii" else len(UnicodeTokenizer().tokenize(text))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,15 +145,8 @@ def metrics(predictions, references, tokenizer="auto"):
 
     Example: the reference "a b c d" and the prediction "a b" have rouge1-precision 1, la-rouge1-precision 0.5.
     """
-    return {
-        metric: float(values.mean())
-        for metric, values in metrics_by_example(predictions, references, tokenizer).items()
-    }
-
-
-def la_rouge1(source, reference, prediction, tokenizer="auto"):
-    """la-rouge1-F1 of one prediction, as a reward: `ppo --reward rouge`."""
-    return metrics([prediction], [reference], tokenizer)["la-rouge1-F1"]
+    found = metrics_by_example(predictions, references, tokenizer)
+    return {metric: float(values.mean()) for metric, values in found.items()}
 
 
 def bleurt(predictions, references, checkpoint, batch_size=16, device="cpu"):
@@ -232,9 +191,10 @@ def auc(positive, negative):
 
 
 def paper_beside(data, beside="auto"):
-    """Whose numbers of the paper the tables show beside ours: "samsum", "xsum" or "" for none.
+    """Which of the paper's numbers the tables show beside ours: "samsum", "xsum" or "" for none.
 
-    auto: those of the same data; SAMSum's for the toy, for orientation; none for other data, which they say nothing of.
+    auto: those of the same data; SAMSum's for the toy, for orientation; none for other data, which they cannot be
+    compared with.
     """
     if beside == "auto":
         beside = {"samsum": "samsum", "xsum": "xsum", "toy": "samsum"}.get(data, "")
@@ -250,33 +210,31 @@ def cells(scores, intervals, facts, beside="auto"):
     data = facts["data"]
     beside = paper_beside(data, beside)
     paper = paper_numbers(beside) if beside else None
+    scores = {column: scores[column] for column in COLUMNS if column in scores}  # in the paper's order
     header = [""]
-    for column in scores_in_order(scores):
+    for column in scores:
         header += [column, "paper"] if paper else [column]
     note = (
         f"data {data}, model {facts['model']}, seed {facts['seed']}, commit {facts['commit']}, n = {facts['n']}, "
         f"± half the 95 % bootstrap interval."
     )
-    if paper and beside != data:
-        note += f" The paper has no such data: its {NAMES[beside]} numbers are shown beside."
+    if paper and data not in PAPER_DATA:
+        note += f" The paper has no such data: its {PAPER_DATA[beside]} numbers are shown beside."
+    elif paper and beside != data:
+        note += f" The paper's numbers are those of {PAPER_DATA[beside]}."
     first = [header, cell_row("excess_length", 1, scores, intervals, paper)]
     second = [header] + [cell_row(metric, 2, scores, intervals, paper) for metric in ROWS]
     return first, second, note
 
 
-def scores_in_order(scores):
-    """The columns that have scores, in the paper's order."""
-    return [column for column in COLUMNS if column in scores]
-
-
 def cell_row(metric, digits, scores, intervals, paper):
     """One metric: its name, then for each column our mean with its interval and, where wanted, the paper's number."""
     row = [metric]
-    for column in scores_in_order(scores):
+    for column, means in scores.items():
         ours = "n/a"
-        if metric in scores[column]:
+        if metric in means:
             low, high = intervals[column][metric]
-            ours = f"{scores[column][metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
+            ours = f"{means[metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}"
         row.append(ours)
         if paper:
             row.append(paper[metric][column])

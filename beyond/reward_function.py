@@ -20,33 +20,36 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
+from beyond.words import choose_tokenizer
 from formats.errors import UserError
 
-BUILT_IN = {"rouge": "eval:la_rouge1"}
+
+def rouge(source, reference, prediction, tokenizer="auto"):
+    """la-rouge1-F1 of one prediction."""
+    return evaluation.metrics([prediction], [reference], tokenizer)["la-rouge1-F1"]
+
+
+BUILT_IN = {"rouge": rouge}
 
 
 def is_function(name):
     """Whether a value of --reward names a function, as in "module:function", and not an adapter folder."""
-    return re.fullmatch(r"[\w.]+:\w+", BUILT_IN.get(name, name)) is not None
+    return name in BUILT_IN or re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def load(name, references=()):
-    """(function, file) for a value of --reward; file: the Path of its module, or None.
+    """(function, file) for a value of --reward; file: the Path of its module, or None for a function built in.
 
-    references: the true outputs of the data set; "rouge" chooses its tokenizer by them, once for all.
-
-    The module is searched in the current folder first, then among the installed packages. The function's results are
-    checked at each call. Raises UserError where it cannot be imported, fails, or returns anything but finite numbers.
+    references: the true outputs of the data set; "rouge" chooses its tokenizer by them, once for all examples.
+    The function's results are checked at each call. Raises UserError where it cannot be imported, fails, or returns
+    anything but finite numbers.
     """
-    module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {name}: cannot import it: {type(error).__name__}: {error}") from error
-    file = getattr(sys.modules[module_name], "__file__", None)
+    if name in BUILT_IN:
+        function, file = BUILT_IN[name], None
+    else:
+        function, file = import_function(name)
     if name == "rouge":
-        function = functools.partial(function, tokenizer=evaluation.choose_tokenizer(references))
+        function = functools.partial(function, tokenizer=choose_tokenizer(references))
 
     def checked(source, reference, prediction):
         where = f"--reward {name}, called with {source!r:.60}, {reference!r:.60}, {prediction!r:.60}"
@@ -58,7 +61,19 @@ def load(name, references=()):
         check(result, len(prediction.split()), where)
         return result
 
-    return checked, Path(file) if file else None
+    return checked, file
+
+
+def import_function(name):
+    """(function, file) for "module:function"; the current folder is searched first, then the installed packages."""
+    module_name, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {name}: cannot import it: {type(error).__name__}: {error}") from error
+    file = getattr(sys.modules[module_name], "__file__", None)
+    return function, Path(file) if file else None
 
 
 def check(result, words, where):

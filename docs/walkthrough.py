@@ -120,8 +120,9 @@ def a_base(tokenizer, rows):
     examples = [data.Example(row.id, row.source, text) for row, text in zip(rows, wordy, strict=True)]
     batch = data.collate(data.encode(examples, tokenizer)[0])
     adamw = optimizer.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
+    tokens = batch.mask.sum().item()
     for _ in range(60):
-        loss = lastmile.pretrain_step(llama, batch, adamw, RATE, torch.float32)["loss"]
+        loss = lastmile.mle_step(llama, batch, adamw, RATE, tokens, adapter=None)["loss"]
     llama.requires_grad_(False)
     title("base")
     print(f"{sum(p.numel() for p in llama.parameters()):,} parameters, loss after 60 steps {number(loss)}")
@@ -265,7 +266,8 @@ def ppo_stage(llama, tokenizer, batch):
             name = "truth" if truth else "sampled"
             logp, value, _ = ppo.actor_critic(llama, taken)
             score = ppo.reward_scores(llama, taken)
-            traj = ppo.trajectory(taken, logp, value, score, PLAN.gamma, PLAN.lam, PLAN.length_penalty)
+            reward = ppo.token_rewards(taken, score, PLAN.length_penalty)
+            traj = ppo.trajectory(taken, logp, value, reward, PLAN.gamma, PLAN.lam)
             title(name)
             show_trajectory(tokenizer, taken, traj, score)
         if step % 12 == 0:

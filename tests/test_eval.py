@@ -13,6 +13,7 @@ import data
 import eval as ev
 import lastmile
 from beyond import reward_function
+from beyond.words import choose_tokenizer, count_words
 
 WORDS = ["amy", "ben", "chess", "park", "noon", "friday", "the", "a", "at", "will", "meet", "play", "go", "cake"]
 
@@ -176,12 +177,12 @@ def test_paper_numbers_are_all_there(shared):
     assert sorted(lines) == sorted(ours)
 
 
-def table(of, columns=ev.COLUMNS, bleurt=False):
+def table(of, columns=ev.COLUMNS, bleurt=False, beside="auto"):
     metrics = ["excess_length", *ev.ROWS[0 if bleurt else 1 :]]
     scores = {column: {m: 0.123 + i for m in metrics} for i, column in enumerate(columns)}
     intervals = {column: {m: (value - 0.5, value + 0.5) for m, value in scores[column].items()} for column in columns}
     facts = dict(data=of, model="tiny", seed=7, commit="abc", n=3, bleurt="BLEURT-20" if bleurt else "none")
-    return ev.tables(scores, intervals, facts)
+    return ev.tables(scores, intervals, facts, beside)
 
 
 def cells(line):
@@ -218,6 +219,18 @@ def test_other_data_leave_the_paper_out():
     assert body[""] == ["", "base", "policy"] and body["rouge1-F1"] == ["rouge1-F1", "0.12 ±0.50", "1.12 ±0.50"]
     assert "paper" not in lines[0]
     assert ev.paper_beside("reviews", "samsum") == "samsum" and ev.paper_beside("samsum", "none") == ""
+
+
+@pytest.mark.parametrize(
+    "of, beside, note",
+    [
+        ("xsum", "samsum", "The paper's numbers are those of SAMSum."),
+        ("reviews", "xsum", "The paper has no such data: its XSum numbers are shown beside."),
+    ],
+)
+def test_numbers_of_other_data_are_named(of, beside, note):
+    """--beside with another name than the data's: the note says whose numbers these are, and nothing false."""
+    assert table(of, beside=beside).splitlines()[0].endswith(f"bootstrap interval. {note}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +325,7 @@ def test_chinese_lengths_are_characters():
 def test_length_adjustment_is_matches_over_the_longer_text(language):
     """Units of ROUGE and of lengths are the same, so that la-ROUGE is matches / max(n_p, n_g) in every language."""
     text = SAME[language]
-    n = ev.count_words(text, "unicode")
+    n = count_words(text, "unicode")
     longer = ev.metrics([f"{text} {text}"], [text])
     assert longer["la-rouge1-F1"] == pytest.approx(n / (2 * n))
     assert longer["la-rouge1-precision"] == longer["la-rouge1-recall"]
@@ -323,7 +336,7 @@ def test_english_scores_do_not_move(shared):
     for name in ("samsum", f"{shared}/data/xsum_test_1000.jsonl"):
         rows = data.load(f"{shared}/data/{name}" if name == "samsum" else name, "test")
         references = [row.target for row in rows][:200]
-        assert ev.choose_tokenizer([row.target for row in rows]) == "ascii"
+        assert choose_tokenizer([row.target for row in rows]) == "ascii"
         predictions = [row.source[:150] for row in rows][:200]
         auto = ev.metrics_by_example(predictions, references)
         scorer = rouge_scorer.RougeScorer(ev.ROUGES, use_stemmer=False)
