@@ -48,17 +48,15 @@ import eval as evaluation
 import model
 import ppo
 from beyond import reward_function
-from beyond.samples import check_missing, with_negatives
+from beyond.samples import adapter_hashes, load_with_negatives
 from formats.errors import UserError
 from speed import shared_prompts
 from toy import chatter
 from training import ranks, use, validation
-from training.checkpoint import adapter_hash
 from training.dry_run import calibration_memory, dry_run
 from training.files import write_json
-from training.folders import commit, require, stage_folder
+from training.folders import require, stage_folder
 from training.inputs import (
-    adapter_folder,
     column_names,
     generator,
     load_column,
@@ -74,7 +72,7 @@ from training.inputs import (
 )
 from training.optimizer import Optimizer
 from training.outputs import save_model, save_trained
-from training.results import add_bleurt, read_scores, write_predictions, write_scores
+from training.results import read_scores, score, write_predictions
 from training.reward_report import reward_report
 from training.run import Run
 from training.terminal import progress, say
@@ -114,7 +112,8 @@ def pretrain(settings):
         optimizer = Optimizer(list(llama.parameters()), max_grad_norm=s.max_grad_norm)
         with Run(folder, "pretrain", s, rows, optimizer, bar=["loss"]) as run:
             for step, rate, batch in run.batches(s.warmup_steps):
-                numbers = pretrain_step(llama, batch, optimizer, rate, dtype, s.micro_batch_size)
+                tokens = batch.mask.sum().item()
+                numbers = mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, dtype)
                 run.log(step, batch, learning_rate=rate, **numbers)
         model.save(llama, folder)
 
@@ -134,18 +133,6 @@ def pretraining_rows(settings, folder):
     say(f"pretrain: {len(rows)} of {len(examples)} examples are short enough")
     rows = subsample(s, "pretrain", rows, s.train_examples)
     return tokenizer, [replace(row, prompt=row.prompt[:1], response=row.prompt[1:] + row.response) for row in rows]
-
-
-def pretrain_step(llama, batch, optimizer, rate, dtype, micro_batch_size=0):
-    """One update of all weights on the mean cross entropy of the batch's tokens."""
-    loss = 0.0
-    for part in ranks.share(batch).split(micro_batch_size):
-        share = data.fraction(part.mask, batch.mask)
-        with torch.autocast(llama.device.type, dtype, enabled=dtype != torch.float32):
-            part_loss = ppo.mle_loss(ppo.response_logp(llama, part, None), part.mask)
-        optimizer.backward(part_loss, share)
-        loss += part_loss.item() * share
-    return {"loss": ranks.total(loss), "grad_norm": optimizer.step(rate)}
 
 
 def quantize(settings):
@@ -181,22 +168,13 @@ def train_reward(settings):
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
-        heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
-        samplers = {name: load_column(settings, llama, name) for name in columns}
-        rows = []
-        for round in range(settings.rounds):
-            rows += with_negatives(settings, llama, tokenizer, samplers, labelled, "train", round)
-        heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
-        check_missing(settings, rows, columns)
+        rows, heldout = load_with_negatives(settings, llama, tokenizer, columns)
         depends_on = start_adapter(settings, llama, "reward", stream="lora", head="normal")
         if settings.dry_run:
             return dry_run(settings, llama, rows, ["reward"], has_logits=False)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
-        for name in columns:
-            if name != "base":
-                depends_on[f"{name} adapter"] = adapter_hash(adapter_folder(settings, name))
+        depends_on |= adapter_hashes(settings, columns)
         bar = ["loss", "positive", "negative"]
         validate = validation.of_reward(settings, llama, heldout)
         with Run(folder, "reward", settings, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
@@ -272,14 +250,16 @@ def train_mle(settings):
         save_trained(settings, llama, tokenizer, "mle", folder)
 
 
-def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0):
-    """One update of the control. Returns its metrics.
+def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0, adapter="mle", dtype=torch.float32):
+    """One update of the control; adapter None: of the base itself, in `pretrain`. Returns its metrics.
 
-    tokens_per_batch: the response tokens of an average batch, see `average_batch`.
+    tokens_per_batch: the response tokens of an average batch, see `average_batch`. dtype: of the products, where the
+    weights are fp32.
     """
     logps = []
     for part in ranks.share(batch).split(micro_batch_size):
-        logp = ppo.response_logp(llama, part, "mle")  # (B, T)
+        with torch.autocast(llama.device.type, dtype, enabled=dtype != torch.float32):
+            logp = ppo.response_logp(llama, part, adapter)  # (B, T)
         loss = ppo.mle_loss(logp, part.mask)
         optimizer.backward(loss, part.mask.sum().item() / tokens_per_batch)
         logps.append(logp.detach())
@@ -365,20 +345,8 @@ def judge(llama, batch, logp, value, scorer, settings, log_kl=False):
     kl = None
     if s.kl_coef or log_kl:  # the base is the policy without its adapter: no second model
         kl = logp - ppo.response_logp(llama, batch, adapter=None)  # (B, T)
-    return ppo.trajectory(
-        batch,
-        logp,
-        value,
-        score=scorer(batch),
-        gamma=s.gamma,
-        lam=s.lam,
-        penalty=s.length_penalty,
-        reward_clamp=s.reward_clamp,
-        kl=kl,
-        kl_coef=s.kl_coef,
-        whiten_advantages=s.whiten,
-        total=ranks.total,
-    )
+    reward = ppo.token_rewards(batch, scorer(batch), s.length_penalty, s.reward_clamp, kl, s.kl_coef)  # (B, T)
+    return ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl, s.whiten, ranks.total)
 
 
 def add_actors(settings, llama):
@@ -427,22 +395,10 @@ def evaluate(settings):
             write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
         if not ranks.first():
             return
-        references = [row.target for row in rows]
-        columns = evaluation.with_cleaned(predictions)
-        words = settings.rouge_tokenizer
-        if words == "auto":
-            words = evaluation.choose_tokenizer(references)
-            say(f"eval: the references call for the {words} tokenizer; choose another by --rouge-tokenizer")
-        examples = {name: evaluation.metrics_by_example(texts, references, words) for name, texts in columns.items()}
-        note = add_bleurt(settings, examples, columns, references)
-        facts = {
-            "data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
-            "n": len(rows), "bleurt": note, "rouge_tokenizer": words,
-        }  # fmt: skip
-        write_scores(folder, examples, facts, settings.seed)
-    say(f"\n{rows[0].source}\n\nreference: {references[0]}")
+        score(settings, folder, rows, predictions)
+    say(f"\n{rows[0].source}\n\nreference: {rows[0].target}")
     for name in names:
-        say(f"{name}: {columns[name][0]}")
+        say(f"{name}: {predictions[name][0]}")
 
 
 def show_tables(settings):

@@ -56,7 +56,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     bos_token_id: int = 1
     eos_token_id: tuple = (2,)
-    quantization: dict = field(default_factory=dict)  # {} or what quant.read_quantize_config returns
+    quantization: dict = field(default_factory=dict)  # {} or what formats.gptq.read_quantize_config returns
 
 
 # ----------------------------------------------------------------------------------------------------------------------

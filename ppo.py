@@ -12,7 +12,8 @@ The paper counts states from s_0, the prompt: its r_{t'+1} and V(s_{t'}) are `re
 here, V(s_{t'+1}) is the next column's value. Beyond the response all is 0, which makes V(s_T) = 0 after the last token,
 be it EOS or the cap. Everything is fp32; values outside of the mask change nothing.
 
-The functions take the model and the sampler as arguments: this file knows tensors, not networks.
+The equations take tensors only; "From hidden states to columns" calls the model, which is an argument, under the
+adapters "policy", "value" and "reward".
 
 Solway 2024, arXiv 2408.16753, section 3.3. PPO: Schulman et al. 2017, arXiv 1707.06347. GAE: arXiv 1506.02438.
 Dimensions: B batch, T time, V vocabulary.
@@ -45,7 +46,7 @@ class Trajectory:
 
     @staticmethod
     def cat(parts, whole=unchanged):
-        """Join the trajectories of micro-batches into that of the batch. whole: to be applied to each tensor, then."""
+        """Join the trajectories of micro-batches into that of the batch. whole: applied to each joined tensor."""
         joined = {}
         for field in fields(Trajectory):
             columns = [getattr(part, field.name) for part in parts]
@@ -118,7 +119,7 @@ def length_penalty(batch, penalty):
 def whiten(adv, mask, total=unchanged):
     """Advantages with mean 0 and variance 1 over the response tokens (not in the paper: --whiten).
 
-    adv, mask (B, T). total: the sum of a tensor over all parts of the batch, where these are a part of its rows.
+    adv, mask (B, T). total: sums a tensor over all ranks, where these are the rows of one.
     """
     tokens = total(mask.sum())
     mean = total(torch.where(mask, adv, 0).sum()) / tokens
@@ -258,31 +259,24 @@ def is_ground_truth(step, fraction):
 # Trajectory and metrics
 
 
-@torch.no_grad()
-def trajectory(
-    batch,
-    logp,
-    value,
-    score,
-    gamma,
-    lam,
-    penalty,
-    reward_clamp=0.0,
-    kl=None,
-    kl_coef=0.0,
-    whiten_advantages=False,
-    total=unchanged,
-):
-    """The constants of an update, from the first pass over a batch: rewards, then equations 2 and 4.
+def token_rewards(batch, score, penalty, clamp=0.0, kl=None, kl_coef=0.0):
+    """The reward of every response token: its score, minus the length penalty, minus kl_coef kl: (B, T).
 
-    logp, value, score (B, T); reward_clamp > 0 limits the score to [-c, c]; kl (B, T): log-ratio to the base, of which
-    each token pays kl_coef. total: see `whiten`. Returns a Trajectory.
+    score, kl (B, T); clamp > 0 limits the score to [-clamp, clamp]. kl: log-ratio to the base.
+    """
+    if clamp > 0:
+        score = score.clamp(-clamp, clamp)
+    reward = score + length_penalty(batch, penalty)
+    return reward - kl_coef * kl if kl_coef else reward
+
+
+@torch.no_grad()
+def trajectory(batch, logp, value, reward, gamma, lam, kl=None, whiten_advantages=False, total=unchanged):
+    """The constants of an update, from the first pass over a batch: advantages (equation 2) and returns (equation 4).
+
+    logp, value, reward (B, T); kl (B, T) or None: kept for the log. total: see `whiten`. Returns a Trajectory.
     """
     logp, value = logp.detach(), value.detach()
-    reward = score.clamp(-reward_clamp, reward_clamp) if reward_clamp > 0 else score
-    reward = reward + length_penalty(batch, penalty)
-    if kl_coef:
-        reward = reward - kl_coef * kl
     adv = gae(reward, value, batch.mask, gamma, lam)
     if whiten_advantages:
         adv = whiten(adv, batch.mask, total)

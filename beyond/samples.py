@@ -11,9 +11,31 @@ import eval as evaluation
 import model
 from beyond import hallucinations
 from formats.errors import UserError
-from training.inputs import generator
+from training.checkpoint import adapter_hash
+from training.inputs import adapter_folder, generator, load_column, load_rows
 from training.settings import Eval
 from training.terminal import progress, say
+
+
+def load_with_negatives(settings, llama, tokenizer, columns):
+    """(rows to train on, of all rounds; held-out rows), each true output followed by its negatives.
+
+    columns: of base, mle and policy those whose samples are negatives, too.
+    """
+    labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
+    heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
+    samplers = {name: load_column(settings, llama, name) for name in columns}
+    rows = []
+    for round in range(settings.rounds):
+        rows += with_negatives(settings, llama, tokenizer, samplers, labelled, "train", round)
+    heldout = with_negatives(settings, llama, tokenizer, samplers, heldout, "validation")
+    check_missing(settings, rows, columns)
+    return rows, heldout
+
+
+def adapter_hashes(settings, columns):
+    """{what: hash} of the adapters that the samples come from, for the fingerprint of the run."""
+    return {f"{name} adapter": adapter_hash(adapter_folder(settings, name)) for name in columns if name != "base"}
 
 
 def with_negatives(settings, llama, tokenizer, samplers, rows, split, round=0):

@@ -127,7 +127,8 @@ def add_numbers(s, llama, tokenizer, source, texts, outputs, score, has_value):
         if has_value:
             h = llama(batch.tokens, "value", wanted=ppo.states_before(batch.mask))  # (n, C)
             value = ppo.fill(batch.mask, llama.scalar(h, "value"))  # (B, T)
-        traj = ppo.trajectory(batch, value, value, scores, s.gamma, s.lam, s.length_penalty, s.reward_clamp)
+        reward = ppo.token_rewards(batch, scores, s.length_penalty, s.reward_clamp)  # (B, T)
+        traj = ppo.trajectory(batch, value, value, reward, s.gamma, s.lam)
     penalty = ppo.length_penalty(batch, s.length_penalty)
     found = {"reward": traj.reward, "score": scores, "penalty": penalty, "return": traj.ret}
     if has_value:

@@ -300,7 +300,7 @@ def test_a_reward_at_the_end_travels_back(lam, value_learns, solved):
         batch = data.collate([data.Datum("", "", "", row[:1], row[1:]) for row in tokens.tolist()])
         score = ppo.scored_tokens(batch.mask, "sequence") * state[:, None].float()
         logp, value = torch.cat([zero, *logp], 1), torch.cat([zero, *value], 1)
-        traj = ppo.trajectory(batch, logp, value, score, 0.99999, lam, 2.5)
+        traj = ppo.trajectory(batch, logp, value, ppo.token_rewards(batch, score, 2.5), 0.99999, lam)
         loss = ppo.policy_loss(logp, traj, 0.2) + value_learns * ppo.value_loss(value, traj)
         adam.zero_grad()
         loss.backward()
@@ -400,7 +400,7 @@ def test_ppo_with_rouge(fresh_run):
     """la-rouge1-F1 is a reward without any reward model: truth is paid 1 for the last token, and nothing is trained or
     loaded beside policy and value.
     """
-    assert lastmile.evaluation.la_rouge1("", "a b c d", "a b") == pytest.approx(0.5)
+    assert reward_function.rouge("", "a b c d", "a b") == pytest.approx(0.5)
     assert fresh_run("ppo", *PPO.split(), "--reward", "rouge", "--ground-truth-fraction", 1) == 0
     assert {line["return"] for line in journal(fresh_run.folder / "ppo")} == {1.0}
     assert not (fresh_run.folder / "reward").exists()

@@ -131,6 +131,9 @@ def test_adapter_in_some_layers_only(run_folder):
     assert not torch.equal(llama(TOKENS, "policy"), llama(TOKENS))
     with pytest.raises(ValueError, match="w_proj"):
         llama.add_adapter("other", 4, 8.0, ["q_proj", "w_proj"], torch.Generator())
+    for targets in ([], [""]):
+        with pytest.raises(ValueError, match="LoRA targets: none: no such projection"):
+            llama.add_adapter("other", 4, 8.0, targets, torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

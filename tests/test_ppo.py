@@ -296,7 +296,8 @@ def test_first_update_is_the_plain_policy_gradient(actors, whitened):
     """
     batch = random_batch(4, 1, 9, 6)
     (logp, value, entropy), score = ppo.actor_critic(actors, batch), ppo.reward_scores(actors, batch)
-    traj = ppo.trajectory(batch, logp, value, score, GAMMA, LAM, 2.5, whiten_advantages=whitened)
+    reward = ppo.token_rewards(batch, score, 2.5)
+    traj = ppo.trajectory(batch, logp, value, reward, GAMMA, LAM, whiten_advantages=whitened)
     assert (ppo.ratio(logp, traj.logp_old)[batch.mask] == 1).all()
     numbers = ppo.statistics(traj, batch, logp, value, entropy, 0.2, eos=(2,))
     assert numbers["ratio"] == numbers["ratio_max"] == 1 and numbers["clip_fraction"] == 0
@@ -313,14 +314,18 @@ def test_trajectory_adds_up():
     """Reward = clamped score - late tokens - KL; advantages from the values, returns without them (eq. 4)."""
     batch = replace(random_batch(4, 1, 9, 6), ref_len=torch.tensor([4, 4, 4, 4]))
     logp, value, score, kl = (noise(batch, seed) * batch.mask for seed in range(4))
-    traj = ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, reward_clamp=0.3, kl=kl, kl_coef=1.0)
-    reward = score.clamp(-0.3, 0.3) + ppo.length_penalty(batch, 2.5) - kl
-    assert torch.equal(traj.reward, reward) and torch.equal(traj.logp_old, logp) and torch.equal(traj.value, value)
+    reward = ppo.token_rewards(batch, score, 2.5, clamp=0.3, kl=kl, kl_coef=1.0)
+    assert torch.equal(reward, score.clamp(-0.3, 0.3) + ppo.length_penalty(batch, 2.5) - kl)
+    traj = ppo.trajectory(batch, logp, value, reward, 0.9, 0.5, kl)
+    assert (
+        torch.equal(traj.reward, reward)
+        and torch.equal(traj.kl, kl)
+        and torch.equal(traj.logp_old, logp)
+        and torch.equal(traj.value, value)
+    )
     assert torch.equal(traj.adv, ppo.gae(reward, value, batch.mask, 0.9, 0.5))
     assert torch.equal(traj.ret, ppo.returns(reward, batch.mask, 0.9))
-    plain, white = (
-        ppo.trajectory(batch, logp, value, score, 0.9, 0.5, 2.5, whiten_advantages=w) for w in (False, True)
-    )
+    plain, white = (ppo.trajectory(batch, logp, value, reward, 0.9, 0.5, whiten_advantages=w) for w in (False, True))
     assert torch.equal(white.adv, ppo.whiten(plain.adv, batch.mask)) and torch.equal(white.ret, plain.ret)
 
 

@@ -16,6 +16,7 @@ import data
 import lastmile
 import model
 import ppo
+from beyond import reward_function
 from report import charts, examine
 from report import page as page_module
 from report import write as report_writer
@@ -165,7 +166,7 @@ def test_token_numbers_are_those_of_ppo(run):
             with torch.inference_mode():
                 logp, value, _ = ppo.actor_critic(llama, batch)
                 score = ppo.reward_scores(llama, batch)
-            traj = ppo.trajectory(batch, logp, value, score, 0.99999, 0.95, 2.5)
+            traj = ppo.trajectory(batch, logp, value, ppo.token_rewards(batch, score, 2.5), 0.99999, 0.95)
             expected = {"reward": traj.reward, "score": score, "penalty": ppo.length_penalty(batch, 2.5),
                         "value": value, "advantage": traj.adv, "return": traj.ret}  # fmt: skip
             found = [numbers_of(title) for title in next(titles)[1]]
@@ -210,7 +211,7 @@ def test_the_report_scores_with_the_reward_function(fresh_run):
     found = reported(fresh_run, "--reward", "rouge")
     columns = results.read_outputs(fresh_run.folder / "eval")
     for (i, name), tokens in found.items():
-        expected = lastmile.evaluation.la_rouge1("", columns["reference"][i], columns[name][i])
+        expected = reward_function.rouge("", columns["reference"][i], columns[name][i])
         assert [token["score"] for token in tokens[:-1]] == [0] * (len(tokens) - 1)
         assert tokens[-1]["score"] == pytest.approx(expected, abs=1e-3), (i, name)
 

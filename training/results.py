@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import eval as evaluation
+from beyond.words import choose_tokenizer
 from formats.errors import UserError
 from formats.files import read_json
 from training.files import write_json
+from training.folders import commit
+from training.terminal import say
 
 KEYS = ("id", "source", "reference", "prediction")
 
@@ -23,6 +26,23 @@ def write_predictions(file, rows, texts):
         for datum, text in zip(rows, texts, strict=True):
             line = {"id": datum.id, "prediction": text, "reference": datum.target, "source": datum.source}
             opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def score(settings, folder, rows, predictions):
+    """Score the predictions {name: a text for each row}, raw and cleaned, and write the scores to an eval folder."""
+    references = [row.target for row in rows]
+    columns = evaluation.with_cleaned(predictions)
+    words = settings.rouge_tokenizer
+    if words == "auto":
+        words = choose_tokenizer(references)
+        say(f"eval: the references call for the {words} tokenizer; choose another by --rouge-tokenizer")
+    examples = {name: evaluation.metrics_by_example(texts, references, words) for name, texts in columns.items()}
+    note = add_bleurt(settings, examples, columns, references)
+    facts = {
+        "data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
+        "n": len(rows), "bleurt": note, "rouge_tokenizer": words,
+    }  # fmt: skip
+    write_scores(folder, examples, facts, settings.seed)
 
 
 def write_scores(folder, examples, facts, seed):

@@ -73,9 +73,7 @@ def validate_ppo(settings, llama, tokenizer, score, rows):
     for batch in batches(settings, rows):
         batch = ppo.rollout(batch, ranks.dealt(sampler))
         reward = ranks.whole(score(ranks.share(batch)), len(batch.rows))  # (B, T)
-        if settings.reward_clamp > 0:
-            reward = reward.clamp(-settings.reward_clamp, settings.reward_clamp)
-        total += (reward + ppo.length_penalty(batch, settings.length_penalty)).sum().item()
+        total += ppo.token_rewards(batch, reward, settings.length_penalty, settings.reward_clamp).sum().item()
         texts += [tokenizer.decode(row.response) for row in batch.rows]
     numbers = {"val_return": total / len(rows)}
     scores = evaluation.metrics(texts, [row.target for row in rows])

@@ -208,7 +208,8 @@ def as_peers(llama, batch, s):
         if check:
             return logp, value
         kl = 0.0 * (logp.detach() - reference)
-        traj = ppo.trajectory(batch, logp, value, score, s.gamma, s.lam, s.length_penalty, kl=kl, kl_coef=1.0)
+        reward = ppo.token_rewards(batch, score, s.length_penalty, kl=kl, kl_coef=1.0)
+        traj = ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl)
         loss = ppo.policy_loss(logp, traj, s.clip_range) + ppo.value_loss(value, traj)
         update.backward(loss)
         return update.step(s.learning_rate)
