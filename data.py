@@ -55,11 +55,11 @@ class Example:
     id: str
     source: str
     target: str
-    label: float = 1.0  # 0: the data call this output bad
+    label: float = 1.0  # 0: labelled bad in the data set
 
 
 def load(name_or_path, split, input_column=None, target_column=None, negative_column=None, delimiter=None):
-    """All examples of one split: a list of Example, texts stripped and line ends as "\n".
+    """All examples of one split: a list of Example, texts stripped and line ends as "\\n".
 
     name_or_path: "toy" (made on the spot), a data set of the Hub by its short name, a folder with a file for each
     split, or one file, of whose rows each split gets its share; see formats/tables.py and, for the columns,
@@ -180,7 +180,7 @@ def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append
 
     max_input_tokens counts BOS, template and source (paper, 4.2); max_new_tokens counts target and EOS: a response
     that the sampler cannot finish is no example to learn from (choice; it drops none of SAMSum).
-    append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`. An example that the data call bad becomes
+    append_eos=False leaves EOS out of the labels: `mle --no-eos-in-labels`. An example that is labelled bad becomes
     a Datum with label 0 and of kind "rejected".
     Returns (list of Datum, {"kept", "long_input", "long_output"}).
     """
@@ -259,10 +259,10 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
     """The true outputs and, for each, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
     hallucinations: "off", or one more class, 0 on the tokens of the edit ("span") or on all ("sequence"). samples:
-    {one more class: a response for each true output}. What the data themselves call bad is a class, too, "rejected",
+    {one more class: a response for each true output}. Outputs labelled bad in the data set are one more, "rejected",
     which weighs no more than another. All classes of a datum together weigh 1. A negative that reads as a true output
     of the same source is none: the label would contradict itself. Returns a list of Datum, each true output followed by
-    its negatives. The same seed makes the same ones.
+    its negatives, then the rejected ones. The same seed makes the same negatives.
     """
     samples = dict(samples)
     positives = [datum for datum in data if datum.label]
@@ -295,7 +295,7 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
 
 
 def derangement(texts, rng):
-    """Partners p with texts[p[i]] != texts[i], each row the partner of one other; uniform up to swaps of clashes.
+    """Partners p with texts[p[i]] != texts[i]: a random permutation, in which rows with equal texts are swapped away.
 
     A text that fills more than half of the rows, as "yes" may, leaves some of them without a partner: None, at random.
     """
@@ -331,7 +331,7 @@ class Batch:
     rows: tuple  # of B Datum: what the batch was made from
 
     def split(self, size):
-        """Micro-batches of at most `size` rows, columns as they are: what passes at once. 0: the whole batch."""
+        """Micro-batches of at most `size` rows; padding is kept. 0: one, the whole batch."""
         B = len(self.rows)
         size = size or B
         parts = []
@@ -363,7 +363,7 @@ def collate(data, device="cpu"):
 
 
 def fraction(part, whole):
-    """What a part's mean counts for in the whole's, both masks or weights. Exactly 1 where the part is all."""
+    """Loss share of a micro-batch: its sum over that of the batch, both masks or weights. Exactly 1 for all of it."""
     return part.sum().item() / whole.sum().item()
 
 

@@ -294,9 +294,9 @@ def train_ppo(settings):
                 truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
                 if not truth:
                     limit = settings.max_new_tokens
-                    luck = torch.rand(len(batch.rows), limit, generator=generator(settings, "rollout", step))
+                    uniform = torch.rand(len(batch.rows), limit, generator=generator(settings, "rollout", step))
                     sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit)
-                    batch = ppo.rollout(batch, ranks.dealt(sampler, luck.to(settings.device)))
+                    batch = ppo.rollout(batch, ranks.sharded(sampler, uniform.to(settings.device)))
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
                 policy_learns = step >= settings.value_warmup_steps
@@ -390,7 +390,7 @@ def evaluate(settings):
                 model.sample, llama, adapter=adapter, max_new_tokens=settings.max_new_tokens, temperature=0
             )
             bar = progress(f"eval {name}")
-            sampler = ranks.dealt(sampler)
+            sampler = ranks.sharded(sampler)
             predictions[name] = evaluation.predict(rows, sampler, settings.batch_size, tokenizer.decode, bar)
             write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
         if not ranks.first():

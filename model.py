@@ -1,7 +1,7 @@
 """The Llama: one forward pass that every stage shares, a KV-cached sampler, and loading by Hugging Face names.
 
     h = llama(tokens, adapter)            (B, T) -> (B, T, C)   the trunk under an adapter (see lora.py)
-    h = llama(tokens, adapter, wanted=n)  (B, T) -> (n, C)      the same of n tokens; the last block skips the others
+    h = llama(tokens, adapter, wanted=i)  (B, T) -> (n, C)      the same at n flat indices i into (B T)
     llama.logits(h[...])                  (…, C) -> (…, V)      only where they are asked for
     llama.scalar(h, "reward")             (…, C) -> (…,)        a scalar head: rewards and values
 
@@ -9,7 +9,7 @@ Batches are padded on the right. Attention is causal, so no real token ever sees
 an attention mask nor position ids. Sampling prefills the padded prompts in one pass; from then on each row writes its
 next token at its own position, over the padding, and looks at its own past only.
 
-Modules have the names of the Hugging Face checkpoint, so that loading compares names and converts nothing.
+Modules have the names of the Hugging Face checkpoint; files leave out the `.base.` that LoRALinear adds.
 
 Llama 2: Touvron et al. 2023, arXiv 2307.09288. Rotary positions: Su et al. 2021, arXiv 2104.09864, in the half-split
 layout of Hugging Face: dimension i turns together with i + D/2 (Meta's own files pair 2i with 2i + 1; either loads into
@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
-from formats.errors import UserError
-from lora import LoRALinear, adapter_parameters, add_adapter, lora_layers, project, split_by_adapter
-from quant import QuantLinear, quantize_blocks
+from lora import LoRALinear, adapter_parameters, add_adapter, project, split_by_adapter
+from quant import quantize_blocks
 from speed import cpu, cpu_decoder
 from speed.cuda_graph import capture
+from speed.swiglu import swiglu
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields of a Hugging Face config.json that the forward pass needs, under the same names
@@ -166,10 +166,9 @@ def attend(q, k, v, visible=None):
 
 
 def attend_visible(q, k, v, visible):
-    """Attention of rows that begin with a prompt: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
+    """Attention of rows of shared prompts: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
-    visible (B, 1, T - P, T): which keys the queries from column P on see. Those before are of prompts in all rows and
-    plainly causal: less work.
+    Causal for the first P columns, which are prompt in every row; visible (B, 1, T - P, T) says what the rest see.
     """
     P = q.shape[2] - visible.shape[2]
     prompts = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (B, H, P, D)
@@ -187,7 +186,7 @@ class Attention(nn.Module):
         self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
 
     def forward(self, x, cos, sin, adapter, cache, layer, layout):
-        """What each token's heads have read, to go through o_proj: (B, T, C) -> (B, T, H D)."""
+        """The heads' outputs, before o_proj: (B, T, C) -> (B, T, H D)."""
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
         q = rotate(q.view(B, T, self.H, self.D).transpose(1, 2), cos, sin)  # (B, H, T, D)
@@ -202,20 +201,6 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(B, T, self.H * self.D)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, (…, F) both. Keeps the two for backward and recomputes silu(gate): an eighth less memory."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -226,8 +211,7 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)
-        mixed = SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up
-        return self.down_proj(mixed, adapter)
+        return self.down_proj(swiglu(gate, up), adapter)
 
 
 class Block(nn.Module):
@@ -494,34 +478,20 @@ def save(llama, folder, quantization=None):
 
 
 @torch.no_grad()
-def merge(llama, adapter, dtype=torch.float16):
-    """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
-
-    Raises UserError where a weight does not fit the dtype.
-    """
-    for path, layer in lora_layers(llama):
-        base = layer.base
-        weight = base.weight(torch.float32).T if isinstance(base, QuantLinear) else base.weight.float()  # (N, K)
-        weight = layer.merged(weight, adapter).to(dtype)  # (N, K)
-        if not weight.isfinite().all():
-            raise UserError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
-        N, K = weight.shape
-        dense = nn.Linear(K, N, bias=base.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight.contiguous())
-        if base.bias is not None:
-            dense.bias = nn.Parameter(base.bias)
-        layer.base = dense
-        layer.lora_A.clear()
-        layer.lora_B.clear()
-    llama.to(dtype)
-
-
-@torch.no_grad()
-def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, progress=iter, search=False, staged=False):
+def quantize(
+    llama,
+    calibration,
+    group_size=128,
+    act_order=False,
+    damp=0.01,
+    progress=iter,
+    scale_search=False,
+    true_sequential=False,
+):
     """Quantise every projection of a dense Llama to 4 bits by GPTQ, in place; embeddings, norms and head stay.
 
-    calibration: a list of lists of token ids. search: of each scale, see quant.symmetric_scale. staged: calibrate the
-    projections of a block one after the other. Returns the quantization_config that describes the result.
+    calibration: a list of lists of token ids. scale_search: see quant.symmetric_scale. true_sequential: calibrate
+    o_proj on the quantised q, k and v of its block, and so on. Returns the quantization_config of the result.
     """
     hidden = [llama.model.embed_tokens(torch.tensor([row], device=llama.device)) for row in calibration]  # (1, T, C)
 
@@ -529,12 +499,14 @@ def quantize(llama, calibration, group_size=128, act_order=False, damp=0.01, pro
         cos, sin = rope_table(torch.arange(x.shape[1], device=x.device), llama.config)
         return block(x, cos, sin)
 
-    stages = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)) if staged else None
-    how = {"group_size": group_size, "act_order": act_order, "damp": damp, "search": search}
+    stages = None
+    if true_sequential:
+        stages = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
+    how = {"group_size": group_size, "act_order": act_order, "damp": damp, "scale_search": scale_search}
     quantize_blocks(llama.model.layers, hidden, run, stages, progress, **how)
     return {
         "quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": act_order, "sym": True,
-        "damp_percent": damp, "true_sequential": staged, "checkpoint_format": "gptq",
+        "damp_percent": damp, "true_sequential": true_sequential, "checkpoint_format": "gptq",
     }  # fmt: skip
 
 

@@ -443,7 +443,7 @@ class QuantLinear(PackedWeight, nn.Module):
 # The quantiser
 
 
-def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128, search=False):
+def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128, scale_search=False):
     """Quantise one layer, column by column, each column's error passed on to the columns not yet done.
 
     Rounding each weight to the nearest step minimises the error of the weights. GPTQ minimises the error of the
@@ -453,7 +453,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
 
     weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
     -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
-    damp: share of H's mean diagonal added to it. search: see `symmetric_scale`.
+    damp: share of H's mean diagonal added to it. scale_search: see `symmetric_scale`.
     block: columns whose corrections to the rest are applied at once. It changes only the speed, unless a group is wider
     than a block and not a multiple of it: the group's scale is then set before the corrections of the block in which
     it begins.
@@ -479,7 +479,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
         error = torch.zeros(N, end - start, device=W.device)
         for k in range(start, end):
             if k % group_size == 0:
-                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size], search)
+                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size], scale_search)
             s = scales[k // group_size]  # (N,)
             Q[:, k] = (W[:, k] / s).round().clamp(-8, 7) + 8
             error[:, k - start] = (W[:, k] - (Q[:, k] - 8) * s) / U[k, k]
@@ -489,16 +489,16 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
     return pack(Q[:, position].T, scales, (position // group_size).to(torch.int32))
 
 
-def symmetric_scale(weight, search=False):
+def symmetric_scale(weight, scale_search=False):
     """(N, group) -> (N,): the scale at which -8..7 just spans the weights; rounded to fp16, as it will be stored.
 
-    search: or a smaller one, down to half of it, if the group's squared rounding error is smaller: a scale that cuts
+    scale_search: or a smaller one, down to half, if the group's squared rounding error is smaller: a scale that cuts
     off the largest weight rounds all others more finely.
     """
     widest = (weight.abs().amax(1) / 7.5).clamp(min=1e-5)  # (N,)
     best = widest.half().float()
     least = torch.full_like(best, torch.inf)  # error
-    for share in torch.linspace(1, 0.5, 26).tolist() if search else ():
+    for share in torch.linspace(1, 0.5, 26).tolist() if scale_search else ():
         scale = (widest * share).clamp(min=1e-5).half().float()
         s = scale[:, None]  # (N, 1)
         error = ((weight / s).round().clamp(-8, 7) * s - weight).square().sum(1)  # (N,)

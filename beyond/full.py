@@ -28,9 +28,8 @@ class FullLlama(model.Llama):
             return super().forward(tokens, adapter, cache, wanted, layout)
         if not isinstance(adapter, str):
             parts = tokens.split([rows for _, rows in adapter])
-            dealt = split_by_adapter(adapter, wanted, tokens.shape[1])
-            pairs = zip(parts, dealt, strict=True)
-            return torch.cat([self(part, name, wanted=places) for part, (name, places) in pairs])
+            pairs = zip(parts, split_by_adapter(adapter, wanted, tokens.shape[1]), strict=True)
+            return torch.cat([self(part, name, wanted=index) for part, (name, index) in pairs])
         copy = self.copies[adapter]
         copy.recompute = self.recompute
         with self.precision():

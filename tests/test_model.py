@@ -18,6 +18,7 @@ from formats import llama_folder
 from speed import cpu as cpu_speed
 from speed.shared_prompts import SharedPrompts
 from training import estimate, folders
+from training.use import merge_adapter
 
 RAGGED = [[1], [5, 6, 7, 8], [3, 9] * 5, [4, 11]]
 SHAPES = {
@@ -872,7 +873,7 @@ def test_merged_model_equals_base_and_adapter(tmp_path, make):
     llama = model.load(base, dtype=torch.float16)
     llama.load_adapter("policy", tmp_path / "adapter")
     llama.add_adapter("other", 4, 8.0, ["k_proj"], torch.Generator())
-    model.merge(llama, "policy")
+    merge_adapter(llama, "policy")
     model.save(llama, merged)
     expected, bare = logits(apart, tokens, "policy"), logits(apart, tokens)
     found = logits(model.load(merged), tokens)
@@ -884,7 +885,7 @@ def test_merged_model_equals_base_and_adapter(tmp_path, make):
     assert {t.dtype for t in tensors.values()} == {torch.float16}
     with torch.no_grad():
         torch.testing.assert_close(reference(tokens).logits, found, rtol=1e-4, atol=1e-4)
-    model.merge(apart, "policy", torch.float32)
+    merge_adapter(apart, "policy", torch.float32)
     torch.testing.assert_close(logits(apart, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -894,4 +895,4 @@ def test_merged_weights_that_fit_no_fp16_are_refused(tmp_path):
     llama.add_adapter("policy", 4, 8.0, ["up_proj"], torch.Generator().manual_seed(0))
     llama.model.layers[1].mlp.up_proj.lora_B["policy"].data.fill_(1e6)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: a merged weight does not fit torch.float16"):
-        model.merge(llama, "policy")
+        merge_adapter(llama, "policy")

@@ -495,10 +495,10 @@ def test_a_searched_scale_rounds_with_less_error():
     def error(scale):
         return ((W / scale[:, None]).round().clamp(-8, 7) * scale[:, None] - W).square().sum(1)  # (N,)
 
-    widest, searched = error(quant.symmetric_scale(W)), error(quant.symmetric_scale(W, search=True))
+    widest, searched = error(quant.symmetric_scale(W)), error(quant.symmetric_scale(W, scale_search=True))
     assert (searched <= widest).all() and searched.sum() < 0.95 * widest.sum()
     hessian = torch.eye(64)
-    costs = [output_error(W, quant.gptq(W, hessian, 64, search=search), hessian) for search in (False, True)]
+    costs = [output_error(W, quant.gptq(W, hessian, 64, scale_search=search), hessian) for search in (False, True)]
     assert costs[1] < costs[0]
 
 

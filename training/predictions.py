@@ -23,7 +23,7 @@ from training.files import sync, write_json
 from training.inputs import adapter_folder
 
 
-def row_luck(settings, rows):
+def row_uniform(settings, rows):
     """The random numbers of rows, whatever batch they are in: (rows, max_new_tokens); None for greedy sampling."""
     if settings.temperature == 0 or not rows:
         return None

@@ -93,7 +93,7 @@ def finish():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A batch, dealt and put together again
+# A batch, split over the ranks and put together again
 
 
 def bounds(rows):
@@ -129,15 +129,15 @@ def whole(x, rows):
     return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
 
-def dealt(sample, luck=None):
-    """A sampler whose prompts are dealt over the ranks: list of prompts -> list of responses, the same on every rank.
+def sharded(sample, uniform=None):
+    """A sampler whose prompts are split over the ranks: list of prompts -> list of responses, the same on every rank.
 
-    luck: (B, max_new_tokens) random numbers; a row's own decide what it draws, whoever draws it.
+    uniform: (B, max_new_tokens) random numbers; a row's own decide what it samples, on whichever rank.
     """
 
     def sample_all(prompts):
         start, end = bounds(len(prompts))
-        given = {} if luck is None else {"uniform": luck[start:end]}
+        given = {} if uniform is None else {"uniform": uniform[start:end]}
         responses = sample(prompts[start:end], **given) if start < end else []
         return sum(gather(responses), [])
 

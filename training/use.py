@@ -3,18 +3,21 @@
 from functools import partial
 
 import torch
+import torch.nn as nn
 
 import data
 import model
 from formats.errors import UserError
 from formats.tables import read_inputs
+from lora import lora_layers
+from quant import QuantLinear
 from training import chat, ranks
 from training.card import write_card
 from training.dry_run import dry_run, merged_memory
 from training.folders import stage_folder
 from training.inputs import adapter_folder, context_left, generator, load_column, load_columns, open_base
 from training.outputs import save_model
-from training.predictions import Predictions, row_luck
+from training.predictions import Predictions, row_uniform
 from training.terminal import progress, say
 
 
@@ -64,7 +67,7 @@ def predict(settings):
         short = [i for i in rows if len(prompts[i]) <= limit]
         limits = {"max_new_tokens": s.max_new_tokens, "top_k": s.top_k, "top_p": s.top_p}
         sampler = partial(model.sample, llama, adapter=adapter, temperature=s.temperature, **limits)
-        responses = ranks.dealt(sampler, row_luck(s, short))([prompts[i] for i in short])
+        responses = ranks.sharded(sampler, row_uniform(s, short))([prompts[i] for i in short])
         texts = [tokenizer.decode(response) for response in responses]
         if ranks.first():
             file.append(rows, dict(zip(short, texts, strict=True)))
@@ -85,6 +88,29 @@ def merge(settings):
             raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
         if settings.dry_run:
             return dry_run(settings, llama, extra=merged_memory(settings, llama))
-        model.merge(llama, "merged", getattr(torch, settings.dtype))
+        merge_adapter(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
         write_card(settings, llama.folder, folder, "merge")
+
+
+@torch.no_grad()
+def merge_adapter(llama, adapter, dtype=torch.float16):
+    """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
+
+    Raises UserError where a weight does not fit the dtype.
+    """
+    for path, layer in lora_layers(llama):
+        base = layer.base
+        weight = base.weight(torch.float32).T if isinstance(base, QuantLinear) else base.weight.float()  # (N, K)
+        weight = layer.merged(weight, adapter).to(dtype)  # (N, K)
+        if not weight.isfinite().all():
+            raise UserError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
+        N, K = weight.shape
+        dense = nn.Linear(K, N, bias=base.bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight.contiguous())
+        if base.bias is not None:
+            dense.bias = nn.Parameter(base.bias)
+        layer.base = dense
+        layer.lora_A.clear()
+        layer.lora_B.clear()
+    llama.to(dtype)

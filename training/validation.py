@@ -71,7 +71,7 @@ def validate_ppo(settings, llama, tokenizer, score, rows):
     total = 0.0
     texts = []
     for batch in batches(settings, rows):
-        batch = ppo.rollout(batch, ranks.dealt(sampler))
+        batch = ppo.rollout(batch, ranks.sharded(sampler))
         reward = ranks.whole(score(ranks.share(batch)), len(batch.rows))  # (B, T)
         total += ppo.token_rewards(batch, reward, settings.length_penalty, settings.reward_clamp).sum().item()
         texts += [tokenizer.decode(row.response) for row in batch.rows]
