@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import lora
 import model
 import quant
 from speed import cpu_decoder
@@ -17,7 +18,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 def loaded(folder, dtype=torch.float32):
     llama = model.load(folder, dtype=dtype)
     llama.add_adapter("policy", 4, 8.0, TARGETS, torch.Generator().manual_seed(0))
-    for _, layer in model.lora_layers(llama):
+    for _, layer in lora.lora_layers(llama):
         if "policy" in layer.lora_B:
             layer.lora_B["policy"].data.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     return llama

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import data
 import lastmile
+import lora
 import model
 import ppo
 from speed import shared_prompts
@@ -43,7 +44,7 @@ def loaded(folder, recompute=False):
 def add_trained_adapter(llama):
     """A reward adapter as after some training: neither factor is 0."""
     llama.add_adapter("reward", 4, 8.0, TARGETS, torch.Generator().manual_seed(0), head="normal")
-    for _, layer in model.lora_layers(llama):
+    for _, layer in lora.lora_layers(llama):
         B = layer.lora_B["reward"]
         B.data = (torch.randn(B.shape, generator=torch.Generator().manual_seed(1)) * 0.05).to(B.device)
     for parameter in llama.adapter_parameters("reward"):

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from rounding import round_to_nearest  # noqa: E402
 
 import data  # noqa: E402
+import lora  # noqa: E402
 import model  # noqa: E402
 import quant  # noqa: E402
 from eval import markdown  # noqa: E402
@@ -57,7 +58,7 @@ def tiny_llama(size, packed=False, dtype=torch.float32):
     llama = model.initialize(tiny_config(size), torch.Generator().manual_seed(0))
     llama.model.embed_tokens.weight.data.mul_(0.02)  # else a tied head repeats the last token, whatever went before
     if packed:
-        for _, layer in model.lora_layers(llama):
+        for _, layer in lora.lora_layers(llama):
             N, K = layer.base.weight.shape
             packed_layer = quant.QuantLinear(K, N, 32)
             names = ("qweight", "qzeros", "scales", "g_idx")
@@ -71,7 +72,7 @@ def tiny_llama(size, packed=False, dtype=torch.float32):
 
 def pack_layers(llama, group_size):
     """Put an empty 4-bit layer in the place of every projection."""
-    for _, layer in model.lora_layers(llama):
+    for _, layer in lora.lora_layers(llama):
         N, K = layer.base.weight.shape
         layer.base = quant.QuantLinear(K, N, group_size)
 

@@ -42,6 +42,7 @@ import transformers
 
 import data
 import lastmile
+import lora
 import model
 import ppo
 from speed import shared_prompts
@@ -68,7 +69,7 @@ def twin(llama):
     config = transformers.LlamaConfig(**{name: getattr(c, name) for name in names}, attn_implementation="sdpa")
     theirs = transformers.LlamaForCausalLM(config).eval()
     tensors = {name: t for name, t in llama.state_dict().items() if "_proj" not in name and "score" not in name}
-    tensors |= {f"{path}.weight": layer.base.weight(torch.float32).T for path, layer in model.lora_layers(llama)}
+    tensors |= {f"{path}.weight": layer.base.weight(torch.float32).T for path, layer in lora.lora_layers(llama)}
     missing = theirs.load_state_dict(tensors, strict=False)
     assert missing == (["lm_head.weight"], []), missing  # the tied head
     theirs.tie_weights()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lora
 import model
 import ppo
 from training import optimizer
@@ -38,7 +39,7 @@ def random_llama(bench):
         common.pack_layers(llama, gpu_kernels.GROUP)
     torch.set_default_dtype(before)
     llama.model.embed_tokens.weight.data.normal_()
-    for _, layer in model.lora_layers(llama):
+    for _, layer in lora.lora_layers(llama):
         base = layer.base
         gpu_kernels.fill(base, gpu_kernels.random_packed(base.in_features, base.out_features, bench.device))
     return llama.requires_grad_(False)
@@ -46,7 +47,7 @@ def random_llama(bench):
 
 def weight_bytes(llama):
     """Bytes that every token must read: packed projections and the head; of the embeddings a row only."""
-    layers = [layer.base for _, layer in model.lora_layers(llama)]
+    layers = [layer.base for _, layer in lora.lora_layers(llama)]
     head = llama.lm_head.weight
     return sum(gpu_kernels.packed_bytes(b.in_features, b.out_features) for b in layers) + head.numel() * head.itemsize
 
@@ -58,7 +59,7 @@ def cache_bytes(llama, tokens):
 
 def projection_flops(llama):
     """FLOPs of all projections for one token."""
-    return sum(2 * layer.base.in_features * layer.base.out_features for _, layer in model.lora_layers(llama))
+    return sum(2 * layer.base.in_features * layer.base.out_features for _, layer in lora.lora_layers(llama))
 
 
 def prompts_of(bench, llama):
@@ -108,7 +109,7 @@ def against_transformers(bench):
     with torch.device(bench.device):
         theirs = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(before)
-    layers = dict(model.lora_layers(llama))
+    layers = dict(lora.lora_layers(llama))
     for name, parameter in theirs.named_parameters():
         layer = layers.get(name.removesuffix(".weight"))
         parameter.data.copy_(llama.get_parameter(name) if layer is None else layer.base.weight(bench.dtype).T)

@@ -11,6 +11,7 @@ import torch
 
 import data
 import lastmile
+import lora
 import ppo
 from training import dry_run, optimizer
 from training import settings as settings_module
@@ -84,7 +85,7 @@ def estimate(stage, s, rows, llama):
     add_adapters(stage, llama, s)
     with contextlib.redirect_stdout(io.StringIO()):
         memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], has_logits=stage != "reward", samples=stage == "ppo")
-    for _, layer in common.model.lora_layers(llama):
+    for _, layer in lora.lora_layers(llama):
         layer.lora_A.clear()
         layer.lora_B.clear()
     llama.score.clear()
