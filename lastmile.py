@@ -52,7 +52,7 @@ from beyond.samples import adapter_hashes, load_with_negatives
 from formats.errors import UserError
 from speed import shared_prompts
 from toy import chatter
-from training import ranks, use, validation
+from training import ranks, results, use, validation
 from training.dry_run import calibration_memory, dry_run
 from training.files import write_json
 from training.folders import require, stage_folder
@@ -72,7 +72,6 @@ from training.inputs import (
 )
 from training.optimizer import Optimizer
 from training.outputs import save_model, save_trained
-from training.results import read_scores, score, write_predictions
 from training.reward_report import reward_report
 from training.run import Run
 from training.terminal import progress, say
@@ -392,10 +391,10 @@ def evaluate(settings):
             bar = progress(f"eval {name}")
             sampler = ranks.sharded(sampler)
             predictions[name] = evaluation.predict(rows, sampler, settings.batch_size, tokenizer.decode, bar)
-            write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
+            results.write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
         if not ranks.first():
             return
-        score(settings, folder, rows, predictions)
+        results.score(settings, folder, rows, predictions)
     say(f"\n{rows[0].source}\n\nreference: {rows[0].target}")
     for name in names:
         say(f"{name}: {predictions[name][0]}")
@@ -405,7 +404,7 @@ def show_tables(settings):
     """Print the paper's Tables 1 and 2, ours beside the paper's, and write them to eval/tables.md."""
     folder = Path(settings.output_dir) / "eval"
     require(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
-    _, text = read_scores(folder, settings.beside)
+    _, text = results.read_scores(folder, settings.beside)
     say(text)
     if settings.dry_run:
         return

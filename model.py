@@ -32,7 +32,7 @@ from lora import LoRALinear, adapter_parameters, add_adapter, project, split_by_
 from quant import quantize_blocks
 from speed import cpu, cpu_decoder
 from speed.cuda_graph import capture
-from speed.swiglu import swiglu
+from speed.swiglu import SwiGLU
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: the fields of a Hugging Face config.json that the forward pass needs, under the same names
@@ -211,7 +211,8 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)
-        return self.down_proj(swiglu(gate, up), adapter)
+        mixed = SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up  # (…, inner)
+        return self.down_proj(mixed, adapter)
 
 
 class Block(nn.Module):

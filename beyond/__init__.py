@@ -1,1 +1,1 @@
-"""Beyond the paper: negatives by one edit (hallucinations), and reward functions in place of the reward model."""
+"""Beyond the paper: other negatives (edits, samples), reward functions, --tune full, words of other languages."""

@@ -83,7 +83,7 @@ def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
     """`data.batches` for shared prompts: rows of one prompt come together, at most `most` (0: all) and half a batch.
 
     Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
-    in one batch a tiny reward model learns worse to tell them (docs/speed.md). rows: list of Datum. Groups of rows are
+    in one batch a tiny reward model may learn worse to tell them (docs/speed.md). rows: list of Datum. Groups are
     shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows
     on average.
     """

@@ -4,12 +4,9 @@ import torch
 import torch.nn.functional as F
 
 
-def swiglu(gate, up):
-    """silu(gate) * up, (…, F) each."""
-    return SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up
-
-
 class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, (…, inner) each."""
+
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)

@@ -135,13 +135,13 @@ def update_flops(llama, T):
     """FLOPs that one PPO update cannot do without: see P1."""
     c, rows = llama.config, B * T
     attention = 4 * B * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T * T / 2  # causal: a half
-    lora = {
+    adapters = {
         name: 2 * sum(p.numel() for p in llama.adapter_parameters(name)) * rows
         for name in ("policy", "value", "reward")
     }
     base = projection_flops(llama) * rows
-    forward = 3 * (base + attention) + sum(lora.values())
-    return forward + 2 * (base + 2.5 * attention) + 2 * (lora["policy"] + lora["value"])
+    forward = 3 * (base + attention) + sum(adapters.values())
+    return forward + 2 * (base + 2.5 * attention) + 2 * (adapters["policy"] + adapters["value"])
 
 
 def updates(bench):
