@@ -25,7 +25,7 @@ BASE = $(if $(filter toy,$(DATA)),$(OUT)/base/model.safetensors)
 help:     ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
-demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the toy: about 7.5 minutes on 2 cores
+demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the toy: 6 to 7 minutes on 2 cores
 	@$(MAKE) --no-print-directory report DATA=toy
 
 test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
