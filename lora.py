@@ -49,6 +49,11 @@ class LoRALinear(nn.Module):
         self.lora_B[name] = nn.Parameter(torch.zeros(N, r, device=device))
         self.scaling[name] = alpha / r
 
+    def base_weight(self, dtype):
+        """The base's weight in a dtype, of a 4-bit base the dense one: (N, K)."""
+        weight = self.base.weight
+        return weight(dtype).T if callable(weight) else weight.to(dtype)
+
     def plus(self, y, x, name):
         """y + the adapter's term for x (…, K), where y (…, N) is the base's output: two products, the second onto y."""
         if name not in self.lora_A:

@@ -331,7 +331,10 @@ class Llama(nn.Module):
 
     def load_adapter(self, name, folder, head=False):
         """Load a saved adapter, frozen. head: whether it must have a scalar head."""
-        weight = peft_adapter.read(self, name, folder, self.hash)
+        self.take_head(name, folder, peft_adapter.read(self, name, folder, self.hash), head)
+
+    def take_head(self, name, folder, weight, head):
+        """Take the scalar head that a folder has, weight (1, C), or None. head: whether it must have one."""
         peft_adapter.check_head(folder, name, weight, (1, self.config.hidden_size) if head else None)
         if head:
             self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)

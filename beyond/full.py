@@ -7,10 +7,9 @@ Weights and updates are fp32; products are in the base's dtype while training, i
 """
 
 import torch
-import torch.nn as nn
 
 import model
-from formats import llama_folder, llama_weights, peft_adapter
+from formats import llama_folder, llama_weights
 from lora import split_by_adapter
 
 
@@ -49,7 +48,7 @@ class FullLlama(model.Llama):
 
     def scalar(self, h, adapter):
         """As in model.Llama."""
-        return model.Llama.scalar(self.copies.get(adapter, self), h, adapter)
+        return self.copies[adapter].scalar(h, adapter) if adapter in self.copies else super().scalar(h, adapter)
 
     def to_sample(self, adapter):
         """As in model.Llama."""
@@ -78,8 +77,6 @@ class FullLlama(model.Llama):
         weights = self.device.type != "meta"
         copy, weight = model.load(folder, self.device, torch.float32, weights, with_head=True)
         llama_weights.check_same_size(folder, copy.config, self.config)
-        peft_adapter.check_head(folder, name, weight, (1, self.config.hidden_size) if head else None)
         copy.config = self.config
-        if head:
-            copy.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
+        copy.take_head(name, folder, weight, head)
         self.copies[name] = copy

@@ -127,11 +127,7 @@ def merged(layers, adapter, dtype=torch.float32):
     A 4-bit layer keeps its dense weight in the dtype last asked for: another one than training's would make both
     dequantize at every change between them.
     """
-    weights = []
-    for layer in layers:
-        base = layer.base
-        weight = base.weight(dtype).T if callable(base.weight) else base.weight.to(dtype)  # 4-bit, or dense
-        weights.append(layer.merged(weight, adapter))
+    weights = [layer.merged(layer.base_weight(dtype), adapter) for layer in layers]
     return torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
 
 

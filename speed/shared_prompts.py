@@ -71,7 +71,7 @@ def lay_out(batch):
 def epochs(rows, batch_size, seed, rows_per_prompt):
     """`data.epochs` for shared prompts: at most rows_per_prompt rows of a prompt come together (0: all; 1: no two)."""
     if rows_per_prompt == 1:
-        yield from data.epochs(rows, batch_size, seed)
+        yield from data.epochs(rows, batch_size, seed)  # without end
     for epoch in itertools.count():
         yield from grouped_batches(rows, batch_size, seed, epoch, rows_per_prompt)
 

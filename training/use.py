@@ -10,7 +10,6 @@ import model
 from formats.errors import UserError
 from formats.tables import read_inputs
 from lora import lora_layers
-from quant import QuantLinear
 from training import chat, ranks
 from training.card import write_card
 from training.dry_run import dry_run, merged_memory
@@ -101,8 +100,7 @@ def merge_adapter(llama, adapter, dtype=torch.float16):
     """
     for path, layer in lora_layers(llama):
         base = layer.base
-        weight = base.weight(torch.float32).T if isinstance(base, QuantLinear) else base.weight.float()  # (N, K)
-        weight = layer.merged(weight, adapter).to(dtype)  # (N, K)
+        weight = layer.merged(layer.base_weight(torch.float32), adapter).to(dtype)  # (N, K)
         if not weight.isfinite().all():
             raise UserError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
         N, K = weight.shape

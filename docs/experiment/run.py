@@ -222,11 +222,12 @@ def tables(found):
 
     scores, differences = [["row", "column", "n", *METRICS]], [["difference", *METRICS]]
     for row, one in found.items():
-        columns = one.get("scores", {})
-        for column in [column for column in COLUMNS if column in columns]:
-            if columns[column] == columns.get(column.removesuffix(" cleaned")) and "cleaned" in column:
+        means = one.get("scores", {})
+        for column in [column for column in COLUMNS if column in means]:
+            raw = column.removesuffix(" cleaned")
+            if raw != column and means[raw] == means[column]:
                 continue  # nothing was there to clean up
-            mean, ends = one["scores"][column], one["intervals"][column]
+            mean, ends = means[column], one["intervals"][column]
             cells = [f"{mean[m]:.3f} ±{(ends[m][1] - ends[m][0]) / 2:.3f}" for m in METRICS]
             scores.append([row, column, str(one["facts"]["n"]), *cells])
         pairs = {"policy less mle": one["policy less mle"]} if "policy less mle" in one else {}
