@@ -148,31 +148,29 @@ def attend_last(q, k, v, length):
         return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
 
 
-def attend(q, k, v, visible=None):
-    """Causal attention, or under a mask (B, 1, T, S): q (B, H, T, D), k, v (B, J, S, D) -> q's shape.
+def attend(q, k, v, mask=None):
+    """Attention, causal or by a mask: q (B, H, T, D), k, v (B, J, S, D), mask (B, 1, T, S) or None -> q's shape.
 
-    The mask has no heads, so that no fused kernel, on a CPU or a GPU, makes a (B, H, T, S) of it.
+    The mask is added to the scores. It has no heads, so that no fused kernel makes a (B, H, T, S) of it.
     """
     if q.device.type == "cpu":
-        if visible is not None:
-            visible = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -torch.inf)
-        return cpu.Attention.apply(q, k, v, visible)
+        return cpu.Attention.apply(q, k, v, mask)
     repeats = q.shape[1] // k.shape[1]
-    if visible is None:
+    if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeats > 1)
     if repeats > 1:  # the kernel that takes a mask wants as many key heads as query heads
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)  # (B, H, S, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_visible(q, k, v, visible):
+def attend_shared(q, k, v, mask):
     """Attention of rows of shared prompts: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
-    Causal for the first P columns, which are prompt in every row; visible (B, 1, T - P, T) says what the rest see.
+    Causal for the first P columns, which are prompt in every row; mask (B, 1, T - P, T) says what the rest see.
     """
-    P = q.shape[2] - visible.shape[2]
+    P = q.shape[2] - mask.shape[2]
     prompts = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P])  # (B, H, P, D)
-    return torch.cat([prompts, attend(q[:, :, P:], k, v, visible)], dim=2)
+    return torch.cat([prompts, attend(q[:, :, P:], k, v, mask)], dim=2)
 
 
 class Attention(nn.Module):
@@ -185,7 +183,7 @@ class Attention(nn.Module):
         self.v_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
         self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
 
-    def forward(self, x, cos, sin, adapter, cache, layer, layout):
+    def forward(self, x, cos, sin, adapter, cache, layer, mask):
         """The heads' outputs, before o_proj: (B, T, C) -> (B, T, H D)."""
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
@@ -197,7 +195,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.fill(layer, k, v)
-            y = attend(q, k, v) if layout is None else attend_visible(q, k, v, layout.visible)  # (B, H, T, D)
+            y = attend(q, k, v) if mask is None else attend_shared(q, k, v, mask)  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, self.H * self.D)
 
 
@@ -223,9 +221,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, layout=None, wanted=None):
+    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, mask=None, wanted=None):
         """(B, T, C) -> (B, T, C), or (n, C) of the wanted tokens. wanted: (places, adapter argument of these rows)."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, layout)  # (B, T, H D)
+        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, mask)  # (B, T, H D)
         if wanted is not None:  # keys and values were needed of every token, what follows is not
             places, adapter = wanted
             x, y = x.flatten(0, 1)[places], y.flatten(0, 1)[places]  # (n, C), (n, H D)
@@ -267,13 +265,14 @@ class Llama(nn.Module):
         With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         """
         B, T = tokens.shape
+        x = self.model.embed_tokens(tokens)  # (B, T, C)
         positions = torch.arange(T, device=tokens.device)  # (T,)
+        mask = None  # causal
         if layout is not None:
-            positions = layout.positions  # (B, T)
+            positions, mask = layout.positions, layout.mask(x.dtype)  # (B, T)
         if cache is not None and T == 1:
             positions = cache.length[:, None]  # (B, 1)
         cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
-        x = self.model.embed_tokens(tokens)  # (B, T, C)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         last = len(self.model.layers) - 1
         if wanted is not None:
@@ -282,7 +281,7 @@ class Llama(nn.Module):
                 of_wanted = [(name, len(places)) for name, places in split_by_adapter(adapter, wanted, T)]
             wanted = wanted, of_wanted
         for i, block in enumerate(self.model.layers):
-            how = {"layout": layout, "wanted": wanted if i == last else None}
+            how = {"mask": mask, "wanted": wanted if i == last else None}
             if recompute:
                 x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False, **how)
             else:

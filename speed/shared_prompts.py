@@ -34,6 +34,11 @@ class SharedPrompts:
     visible: torch.Tensor  # (G, 1, S - P, S) bool: which keys are seen by the queries beyond the shortest prompt, P
     places: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
 
+    def mask(self, dtype):
+        """What attention adds to the scores: (G, 1, S - P, S), 0 where a key is seen, else minus infinity."""
+        zeros = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+        return zeros.masked_fill_(~self.visible, -torch.inf)
+
 
 def lay_out(batch):
     """The SharedPrompts of a data.Batch."""

@@ -217,7 +217,7 @@ def test_attention_is_torch_s_and_by_mkl(monkeypatch, heads, masked):
     """
     B, H, T, D = 3, 6, 20, 16
     q, k, v = (torch.randn(B, n, T, D).requires_grad_() for n in (H, heads, heads))
-    visible = torch.ones(B, 1, T, T).tril().bool() if masked else None
+    mask = torch.full((B, 1, T, T), -torch.inf).triu(1) if masked else None
     matmul = torch.backends.mkldnn.matmul
     chosen = matmul.fp32_precision
     used, ops = [], torch.ops.aten
@@ -227,11 +227,11 @@ def test_attention_is_torch_s_and_by_mkl(monkeypatch, heads, masked):
         monkeypatch.setattr(ops, name, spy)
     try:
         matmul.fp32_precision = "bf16"
-        y = model.attend(q, k, v, visible)
+        y = model.attend(q, k, v, mask)
         ours = y, *torch.autograd.grad(y.sin().sum(), (q, k, v))
         assert used == ["none", "none"] and matmul.fp32_precision == "bf16"
         matmul.fp32_precision = "none"
-        how = {"is_causal": not masked, "attn_mask": visible, "enable_gqa": True}
+        how = {"is_causal": not masked, "attn_mask": mask, "enable_gqa": True}
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, **how)
         theirs = y, *torch.autograd.grad(y.sin().sum(), (q, k, v))
     finally:

@@ -215,8 +215,8 @@ def test_the_mask_makes_no_matrix_a_head_on_a_gpu():
     """64 heads of 2048 columns in fp32 would be 1 GiB of scores; the fused kernel keeps the mask and little more."""
     G, H, S, D = 1, 64, 2048, 64
     q, k, v = (torch.randn(G, H, S, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    visible = torch.ones(G, 1, S, S, dtype=torch.bool, device="cuda").tril()[:, :, 1:]
+    mask = torch.full((G, 1, S, S), -torch.inf, dtype=q.dtype, device="cuda").triu(1)[:, :, 1:]
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model.attend_visible(q, k[:, :8], v[:, :8], visible)
+    model.attend_shared(q, k[:, :8], v[:, :8], mask)
     assert torch.cuda.max_memory_allocated() - before < 300 << 20

@@ -15,12 +15,8 @@ class Fused(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask")
-            if mask is not None:
-                mask = torch.empty(mask.shape, dtype=args[0].dtype, device="meta")  # what the kernels make of it
-            causal = mask is None
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *args[:3], is_causal=causal, attn_mask=mask
-            )[0]
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            return kernel(*args[:3], is_causal=mask is None, attn_mask=mask)[0]
         if function is F.rms_norm:
             return torch.ops.aten._fused_rms_norm(*args, **kwargs)[0]
         return function(*args, **(kwargs or {}))

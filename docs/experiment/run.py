@@ -65,9 +65,9 @@ def drawn(seed):
     return {"mle": f"{common} {MLE}", "ppo": f"{common} {against(1)} {PPO}", "eval": judged("mle,policy")}
 
 
-def rewarded(flags):
-    """The row `seed 1` without MLE, but for the flags of its reward model."""
-    common = f"{BASE} --seed 1 {TRAIN}"
+def rewarded(flags, seed=1):
+    """The row `seed 1` (or another) without MLE, but for the flags of its reward model."""
+    common = f"{BASE} --seed {seed} {TRAIN}"
     return {"reward": f"{common} {REWARD} {THREES} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
 
 
@@ -94,6 +94,8 @@ ROWS = {
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded("--hallucinations span"),
+    "sequence level": rewarded("--level sequence", seed=3),
+    "2 rounds": rewarded("--rounds 2", seed=3),
     "float32": {
         "mle": f"{BASE} --dtype float32 --seed 3 {TRAIN} {MLE}",
         "eval": f"{judged('mle')} --dtype float32",
@@ -121,10 +123,13 @@ ROWS = {
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real"}
+OF_SEED_3 = (
+    "mle samples", "sequence level", "2 rounds", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32",
+)  # fmt: skip
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
     "span negatives": "seed 1",
-    **dict.fromkeys(("mle samples", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32"), "seed 3"),
+    **dict.fromkeys(OF_SEED_3, "seed 3"),
 }
 REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
 
