@@ -26,6 +26,9 @@ help:     ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
 demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the toy: 6 to 7 minutes on 2 cores
+	@$(MAKE) --no-print-directory reward DATA=toy FLAGS=
+	@# ppo and mle gain next to nothing from a second thread: they run side by side, each with a progress bar of its own
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 ppo mle DATA=toy FLAGS= MLE_BAR=1
 	@$(MAKE) --no-print-directory report DATA=toy
 
 test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
@@ -91,6 +94,8 @@ $(OUT)/base/model.safetensors: | $(OUT)/pretrain/model.safetensors .venv/run
 $(OUT)/reward/adapter_model.safetensors: | $(BASE) .venv/run
 	$(RUN) reward $(call HOW,reward)
 
+MLE_BAR ?= 0
+$(OUT)/mle/adapter_model.safetensors: export TQDM_POSITION = $(MLE_BAR)
 $(OUT)/mle/adapter_model.safetensors: | $(BASE) .venv/run
 	$(RUN) mle $(call HOW,mle)
 

@@ -51,7 +51,7 @@ def test_demo_over_a_copied_run_only_reports(finished, seed):
     rng = random.Random(seed)
     for name in FILES:
         os.utime(finished / name, (0, rng.randrange(10**9)))
-    assert commands("report", finished, "DATA=toy") == ["tables", "report"]
+    assert commands("demo", finished) == ["tables", "report"]
 
 
 @pytest.mark.parametrize("missing", range(len(FILES)))
@@ -62,9 +62,11 @@ def test_a_missing_stage_is_built(finished, missing):
     assert commands("report", finished, "DATA=toy") == [stages[missing], "tables", "report"]
 
 
-def test_all_stages_from_nothing(tmp_path):
+@pytest.mark.parametrize("target", ["demo", "report"])
+def test_all_stages_from_nothing(tmp_path, target):
     """From an empty folder make runs every stage, each after those that it reads."""
-    built = commands("report", tmp_path / "toy", "DATA=toy")
-    assert sorted(built) == sorted(["pretrain", "quantize", "reward", "mle", "ppo", "eval", "tables", "report"])
+    built = commands(target, tmp_path / "toy", "DATA=toy")
+    assert set(built) == {"pretrain", "quantize", "reward", "mle", "ppo", "eval", "tables", "report"}
+    assert target == "demo" or len(built) == 8  # demo is three makes; a dry one builds nothing for the next to find
     order = [built.index(stage) for stage in ("pretrain", "quantize", "reward", "ppo", "eval", "tables", "report")]
     assert order == sorted(order) and built.index("quantize") < built.index("mle") < built.index("eval")
