@@ -55,7 +55,7 @@ def against(seed):
 
 
 def changed(flags, seed=1):
-    """PPO as in the row `seed 1` (or another), but for the flags."""
+    """PPO as in the row `seed 1` (or another), but for the flags, of which the last counts."""
     return {"ppo": f"{BASE} --seed {seed} {TRAIN} {against(seed)} {PPO} {flags}", "eval": judged("policy")}
 
 
@@ -107,6 +107,8 @@ ROWS = {
         "ppo": f"{BASE} --seed 3 {TRAIN} {PPO}",
         "eval": judged("policy"),
     },
+    "policy samples": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples policy"},
+    "second policy": changed(f"--reward {RUNS}/policy-samples/reward", seed=3),
     "1000 pairs": {
         "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD} {THREES}",
         "mle": f"{BASE} --seed 3 --train-examples 1000 {MLE}",
@@ -122,9 +124,10 @@ ROWS = {
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
-ADAPTERS_OF = {"make real, all test rows": "make real"}
+ADAPTERS_OF = {"make real, all test rows": "make real", "policy samples": "seed 3"}
 OF_SEED_3 = (
-    "mle samples", "sequence level", "2 rounds", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32",
+    "mle samples", "second policy", "sequence level", "2 rounds", "value warm-up", "KL 0.05", "rouge reward",
+    "1000 pairs", "float32",
 )  # fmt: skip
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
