@@ -1,7 +1,7 @@
 """The experiment of docs/experiment.md: each row is a few stages in a folder of its own, under runs/experiment/.
 
     python docs/experiment/run.py [ROW ...]           all rows, or those named; what is there already stays
-    python docs/experiment/run.py --table             what there is so far, as tables and as results.json
+    python docs/experiment/run.py --table             what there is so far, into results.json and the page's tables
 
 A row that was stopped goes on where it was: every stage is run with --resume. Nothing is set here that is not a flag of
 lastmile.py; the lines printed can be typed one by one.
@@ -253,6 +253,16 @@ def tables(found):
     return [lines for lines in (rewards, scores, differences) if len(lines) > 1]
 
 
+def write_tables(page, tables):
+    """Put each table in the place of the one on the page whose first three columns have the same names."""
+    text = page.read_text()
+    for lines in tables:
+        columns = r" +\| +".join(map(re.escape, lines[0][:3]))
+        old = re.search(rf"^\| {columns} .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
+        text = text[: old.start()] + evaluation.markdown(lines).strip() + text[old.end() :]
+    page.write_text(text)
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--table"]:
         stored = ROOT / "docs/experiment/results.json"
@@ -261,8 +271,8 @@ if __name__ == "__main__":
             row: before.get(row, {}) | found.get(row, {})
             for row in dict.fromkeys([*ROWS, *before]) if row in before or row in found
         }  # fmt: skip
-        print(*map(evaluation.markdown, tables(found)), sep="\n\n")
         training_files.write_json(stored, found)
+        write_tables(ROOT / "docs/experiment.md", tables(found))
     else:
         for row in sys.argv[1:] or ROWS:
             run(row)
