@@ -357,11 +357,11 @@ def add_actors(settings, llama):
 
 def train_missing_reward(settings):
     """Train the reward model that PPO needs, with that stage's own settings, where there is none yet."""
-    if reward_function.is_function(settings.reward):
+    if reward_function.is_function(settings.reward) or Path(settings.reward).exists():
         return
     if Path(settings.reward) != Path(settings.output_dir) / "reward":
-        require(settings.reward, "reward")
-    if Path(settings.reward).exists() or settings.dry_run:
+        raise FileNotFoundError(f"{settings.reward}: no such folder; without --reward, ppo trains a reward model")
+    if settings.dry_run:
         return
     llama, _ = open_base(replace(settings, dry_run=True))
     add_actors(settings, llama)  # what PPO would refuse later, it refuses now
@@ -403,7 +403,7 @@ def evaluate(settings):
 def show_tables(settings):
     """Print the paper's Tables 1 and 2, ours beside the paper's, and write them to eval/tables.md."""
     folder = Path(settings.output_dir) / "eval"
-    require(folder, f"eval --data {settings.data} --output-dir {settings.output_dir}")
+    require(folder, "eval", settings)
     _, text = results.read_scores(folder, settings.beside)
     say(text)
     if settings.dry_run:

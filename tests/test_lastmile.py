@@ -931,7 +931,7 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --max-new-tokens 2": "--max-new-tokens",
     "mle --max-input-tokens 2": "--max-input-tokens",
     "mle --lora-targets q_proj,nose": "nose",
-    "ppo --reward absent": "absent: does not exist yet; run: python lastmile.py reward",
+    "ppo --reward absent": "absent: no such folder; without --reward, ppo trains a reward model",
     "ppo --init mle --reward REWARD": "run: python lastmile.py mle",
     "eval": "run: python lastmile.py mle",
     "eval --adapters policy": "run: python lastmile.py ppo",
@@ -962,6 +962,17 @@ def test_bad_input(fresh_run, reward, line, dry, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert BAD[line] in error and error.count("\n") == 1 and error.endswith("\n"), error
     assert contents(tmp_path) == before
+
+
+def test_the_command_for_a_missing_stage_is_whole():
+    """Typed as it is shown, it must run on the same data, from the same base; what is the default is left out."""
+    asked = settings_module.Eval(
+        data="my pairs.csv", output_dir="runs/my", model="some/base", input_column="q", target_column="a"
+    )
+    flags = "--data 'my pairs.csv' --output-dir runs/my --model some/base --input-column q --target-column a"
+    assert folders.command("mle", asked) == f"mle {flags}"
+    toy = settings_module.Eval(data="toy", output_dir="runs/toy", model="runs/toy/base")
+    assert folders.command("mle", toy) == "mle --data toy --output-dir runs/toy"
 
 
 def test_pretrain_refuses_data_without_a_short_example(tmp_path, capsys):

@@ -10,6 +10,7 @@ A finished stage is never overwritten without --overwrite, and a killed one leav
 import fcntl
 import json
 import os
+import shlex
 import subprocess
 import tempfile
 import textwrap
@@ -23,6 +24,7 @@ from training import ranks
 from training.checkpoint import checkpoints
 from training.files import clear, sync, write_json
 from training.push import check_push, push
+from training.settings import LLAMA2
 from training.terminal import say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,8 +146,19 @@ def commit():
     return done.stdout.strip() or "unknown"
 
 
-def require(folder, command):
+def require(folder, stage, settings):
     """The folder of an earlier stage, or the error that names the command that makes it."""
     if not Path(folder).exists():
-        raise FileNotFoundError(f"{folder}: does not exist yet; run: python lastmile.py {command}")
+        raise FileNotFoundError(f"{folder}: does not exist yet; run: python lastmile.py {command(stage, settings)}")
     return folder
+
+
+def command(stage, settings):
+    """How to run another stage of the same run: on its data, in its folder, from its base."""
+    words = [stage, "--data", settings.data, "--output-dir", settings.output_dir]
+    for name in ("model", "input_column", "target_column", "template"):
+        value = getattr(settings, name, "")
+        made_here = name == "model" and (value == LLAMA2 or Path(value).parent == Path(settings.output_dir))
+        if value and not made_here:
+            words += ["--" + name.replace("_", "-"), value]
+    return shlex.join(map(str, words))

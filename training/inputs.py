@@ -38,7 +38,7 @@ def base_folder(settings):
     """The local folder of --model: of this run, a path, or a model of the Hub, downloaded where it is not cached."""
     path = Path(settings.model)
     if path.parent == Path(settings.output_dir) and path.name in MAKERS:
-        return require(path, f"{MAKERS[path.name]} --data {settings.data} --output-dir {settings.output_dir}")
+        return require(path, MAKERS[path.name], settings)
     hub = on_hub(settings.model)
     return fetch(*hub, MODEL_FILES, "model") if hub else path
 
@@ -196,7 +196,7 @@ def adapter_folder(settings, name):
     stages = {"mle": ("mle", run / "mle"), "policy": ("ppo", run / "ppo" / "policy")}
     if name in stages:
         stage, folder = stages[name]
-        return require(folder, f"{stage} --data {settings.data} --output-dir {run}")
+        return require(folder, stage, settings)
     if not (Path(name) / "adapter_config.json").is_file() and not is_model(name):
         raise FileNotFoundError(f"{name}: no adapter; name mle, policy, or a folder with an adapter_config.json")
     return Path(name)
