@@ -55,7 +55,7 @@ from toy import chatter
 from training import ranks, results, use, validation
 from training.dry_run import calibration_memory, dry_run
 from training.files import write_json
-from training.folders import require, stage_folder
+from training.folders import command, require, stage_folder
 from training.inputs import (
     column_names,
     generator,
@@ -360,7 +360,8 @@ def train_missing_reward(settings):
     if reward_function.is_function(settings.reward) or Path(settings.reward).exists():
         return
     if Path(settings.reward) != Path(settings.output_dir) / "reward":
-        raise FileNotFoundError(f"{settings.reward}: no such folder; without --reward, ppo trains a reward model")
+        line = command("reward", settings)
+        raise FileNotFoundError(f"{settings.reward}: no such folder; run: python lastmile.py {line}, and omit --reward")
     if settings.dry_run:
         return
     llama, _ = open_base(replace(settings, dry_run=True))

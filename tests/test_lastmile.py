@@ -931,7 +931,7 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --max-new-tokens 2": "--max-new-tokens",
     "mle --max-input-tokens 2": "--max-input-tokens",
     "mle --lora-targets q_proj,nose": "nose",
-    "ppo --reward absent": "absent: no such folder; without --reward, ppo trains a reward model",
+    "ppo --reward absent": "absent: no such folder; run: python lastmile.py reward --data",
     "ppo --init mle --reward REWARD": "run: python lastmile.py mle",
     "eval": "run: python lastmile.py mle",
     "eval --adapters policy": "run: python lastmile.py ppo",
