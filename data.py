@@ -260,9 +260,9 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
 
     hallucinations: "off", or one more class, 0 on the tokens of the edit ("span") or on all ("sequence"). samples:
     {one more class: a response for each true output}. Outputs labelled bad in the data set are one more, "rejected",
-    which weighs no more than another. All classes of a datum together weigh 1. A negative that reads as a true output
-    of the same source is none: the label would contradict itself. Returns a list of Datum, each true output followed by
-    its negatives, then the rejected ones. The same seed makes the same negatives.
+    which weighs no more than another. All classes of a datum together weigh at most 1. A negative that reads as a true
+    output of the same source is none: the label would contradict itself. Returns a list of Datum, each true output
+    followed by its negatives, then the rejected ones. The same seed makes the same negatives.
     """
     samples = dict(samples)
     positives = [datum for datum in data if datum.label]

@@ -336,7 +336,7 @@ class Llama(nn.Module):
         """Take the scalar head that a folder has, weight (1, C), or None. head: whether it must have one."""
         peft_adapter.check_head(folder, name, weight, (1, self.config.hidden_size) if head else None)
         if head:
-            self.score[name] = nn.Parameter(weight.to(self.device), requires_grad=False)
+            self.score[name] = nn.Parameter(weight.float().to(self.device), requires_grad=False)
 
     def add_eos(self, token):
         """Let one more token id end outputs."""

@@ -964,6 +964,14 @@ def test_bad_input(fresh_run, reward, line, dry, tmp_path, monkeypatch, capsys):
     assert contents(tmp_path) == before
 
 
+def test_eval_needs_no_training_split(fresh_run, tmp_path):
+    """Data of which only the test is at hand: the look for test inputs in the training split must not ask for one."""
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/test.jsonl").write_text('{"input": "Zoe: Hi! Leo: Hi!", "output": "Zoe greets Leo."}\n' * 3)
+    flags = "--adapters", "base", "--max-new-tokens", 24, "--bleurt", "none"
+    assert fresh_run("eval", "--data", tmp_path / "only", "--model", fresh_run.folder / "base", *flags) == 0
+
+
 def test_the_command_for_a_missing_stage_is_whole():
     """Typed as it is shown, it must run on the same data, from the same base; what is the default is left out."""
     asked = settings_module.Eval(

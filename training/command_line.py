@@ -319,7 +319,7 @@ def reward_settings(ppo):
     """The settings of the reward model that `ppo` trains where there is none; --config's [reward] overrides PPO's."""
     given = {name: getattr(ppo, name) for name in SHARED_WITH_REWARD}
     given["resume"] = "auto" if ppo.resume else ""
-    if ppo.config:
+    if ppo.config and not ppo.config.endswith(".json"):  # a stage's config.json has that stage's settings alone
         given = read_settings(ppo.config, "reward", given)
     common = {f.name: getattr(ppo, f.name) for f in fields(Common)}
     return resolve("reward", given | common)

@@ -112,7 +112,8 @@ def make_room(settings, final, partial, replaced):
             f"to start again"
         )
     if not resume:  # the checkpoints stay until the new run is sure to start, in Run.restore
-        clear(*(path for path in partial.iterdir() if path.name not in ("checkpoints", "metrics.jsonl")))
+        kept = "checkpoints", "metrics.jsonl", "validation.jsonl"
+        clear(*(path for path in partial.iterdir() if path.name not in kept))
 
 
 def remove_if_empty(partial, new_run):

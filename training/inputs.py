@@ -171,7 +171,10 @@ def warn_of_overlap(settings, rows):
     """Warn where test inputs of the user's own data are in the training split, too."""
     if settings.data in PRESETS:
         return
-    train = load_examples(settings, "train")
+    try:
+        train = load_examples(settings, "train")
+    except FileNotFoundError:
+        return  # a folder with a test split alone
     sources = {example.source for example in train}
     seen = sum(row.source in sources for row in rows)
     if seen:

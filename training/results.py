@@ -64,7 +64,7 @@ def add_bleurt(settings, examples, columns, references):
     try:
         for name, metrics in examples.items():
             metrics["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
         for metrics in examples.values():
             metrics.pop("bleurt", None)
         reason = str(error).strip().splitlines()[0]
