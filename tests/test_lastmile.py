@@ -308,6 +308,17 @@ def test_a_settings_file_sets_what_flags_do_not(tmp_path):
     assert command_line.read(["tables", "--config", file])[1].seed == 7  # has neither batch size nor alpha
 
 
+def test_ppo_s_own_settings_are_not_the_reward_model_s(tmp_path):
+    """A config.json has the settings of one stage, under the names that others have, too: a reward model that ppo
+    trains keeps the paper's batch and rank, not ppo's.
+    """
+    file = written(tmp_path, '{"stage": "ppo", "batch_size": 7, "lora_r": 32, "init": "mle", "seed": 5}', "config.json")
+    ppo = command_line.read(["ppo", "--config", file])[1]
+    reward = command_line.reward_settings(ppo)
+    assert (ppo.batch_size, ppo.lora_r, ppo.init, ppo.seed) == (7, 32, "mle", 5)
+    assert (reward.batch_size, reward.lora_r, reward.init, reward.seed) == (14, 16, "base", 5)
+
+
 @pytest.mark.parametrize("text", ["\ufeffseed = 7\n[mle]\nbatch_size = 3\n", "seed = 7\r\n\r\n[mle]\r\nbatch_size = 3"])
 def test_settings_files_of_windows(tmp_path, text):
     """Editors there put a byte order mark in front and end lines with CRLF: neither is part of a key or a value."""

@@ -159,7 +159,7 @@ def command(stage, settings):
     words = [stage, "--data", settings.data, "--output-dir", settings.output_dir]
     for name in ("model", "input_column", "target_column", "template"):
         value = getattr(settings, name, "")
-        made_here = name == "model" and (value == LLAMA2 or Path(value).parent == Path(settings.output_dir))
-        if value and not made_here:
+        implied = name == "model" and (value == LLAMA2 or Path(value).parent == Path(settings.output_dir))
+        if value and not implied:
             words += ["--" + name.replace("_", "-"), value]
     return shlex.join(map(str, words))
