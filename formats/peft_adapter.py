@@ -33,6 +33,9 @@ def write(module, name, folder, base_name, head=None, base_hash=""):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
+    targets = {path.rpartition(".")[2] for path, _ in layers}
+    if len(layers) < sum(path.rpartition(".")[2] in targets for path, _ in lora_layers(module)):
+        targets = {path for path, _ in layers}  # not every layer of these names has it
     r = layers[0][1].lora_A[name].shape[0]
     base, revision = str(base_name), None
     if "@" in base and not Path(base).is_dir():
@@ -40,7 +43,7 @@ def write(module, name, folder, base_name, head=None, base_hash=""):
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS", "r": r,
         "lora_alpha": round(layers[0][1].scaling[name] * r, 6), "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({path.rpartition(".")[2] for path, _ in layers}),
+        "target_modules": sorted(targets),
         "modules_to_save": None if head is None else ["score"], "base_model_name_or_path": base,
         "revision": revision, "inference_mode": True, "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
     }  # fmt: skip

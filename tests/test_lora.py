@@ -327,11 +327,17 @@ def test_the_adapter_of_another_stage_is_refused(run_folder, tmp_path, head, wan
 # PEFT
 
 
-def test_language_adapters_open_in_peft(run_folder, tmp_path):
-    """peft.PeftModel over transformers' Llama computes our logits from our files: what we write is of use elsewhere."""
+@pytest.mark.parametrize("targets", [SEVEN, ["layers.1.self_attn.q_proj", "up_proj"]], ids=["names", "paths"])
+def test_language_adapters_open_in_peft(run_folder, tmp_path, targets):
+    """peft.PeftModel over transformers' Llama computes our logits from our files: what we write is of use elsewhere. So
+    it does where only one layer of a name has the adapter, and we read it again.
+    """
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    llama = with_adapters(model.load(run_folder / "pretrain"), "policy")
+    llama = with_adapters(model.load(run_folder / "pretrain"), "policy", targets=targets)
     llama.save_adapter("policy", tmp_path, "base")
+    again = model.load(run_folder / "pretrain")
+    again.load_adapter("policy", tmp_path)
+    assert torch.equal(again(TOKENS, "policy"), llama(TOKENS, "policy"))
     theirs = transformers.LlamaForCausalLM.from_pretrained(run_folder / "pretrain")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     with torch.no_grad():
