@@ -66,13 +66,13 @@ base:     ## a tiny 4-bit Llama, pretrained and quantised from scratch
 base: $(OUT)/base/model.safetensors
 
 reward:   ## the reward model
-reward: $(OUT)/reward/adapter_model.safetensors
+reward: $(OUT)/reward/config.json
 
 mle:      ## the maximum-likelihood control
-mle: $(OUT)/mle/adapter_model.safetensors
+mle: $(OUT)/mle/config.json
 
 ppo:      ## policy and value; builds base and reward first
-ppo: $(OUT)/ppo/policy/adapter_model.safetensors
+ppo: $(OUT)/ppo/config.json
 
 eval:     ## predictions and scores of base, mle and policy; builds what is missing
 eval: $(OUT)/eval/scores.json
@@ -91,18 +91,18 @@ $(OUT)/pretrain/model.safetensors: | .venv/run
 $(OUT)/base/model.safetensors: | $(OUT)/pretrain/model.safetensors .venv/run
 	$(RUN) quantize --data $(DATA) --output-dir $(OUT)
 
-$(OUT)/reward/adapter_model.safetensors: | $(BASE) .venv/run
+$(OUT)/reward/config.json: | $(BASE) .venv/run
 	$(RUN) reward $(call HOW,reward)
 
 MLE_BAR ?= 0
-$(OUT)/mle/adapter_model.safetensors: export TQDM_POSITION = $(MLE_BAR)
-$(OUT)/mle/adapter_model.safetensors: | $(BASE) .venv/run
+$(OUT)/mle/config.json: export TQDM_POSITION = $(MLE_BAR)
+$(OUT)/mle/config.json: | $(BASE) .venv/run
 	$(RUN) mle $(call HOW,mle)
 
-$(OUT)/ppo/policy/adapter_model.safetensors: | $(BASE) $(OUT)/reward/adapter_model.safetensors .venv/run
+$(OUT)/ppo/config.json: | $(BASE) $(OUT)/reward/config.json .venv/run
 	$(RUN) ppo $(call HOW,ppo)
 
-$(OUT)/eval/scores.json: | $(OUT)/mle/adapter_model.safetensors $(OUT)/ppo/policy/adapter_model.safetensors .venv/run
+$(OUT)/eval/scores.json: | $(OUT)/mle/config.json $(OUT)/ppo/config.json .venv/run
 	$(RUN) eval $(call HOW,eval)
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""make builds what does not exist, and nothing else: `make -n` over a run whose files exist, in any order of time."""
+"""make builds what does not exist, and nothing else: `make -n` over a run whose files exist, in any order of time.
+
+That a stage is finished its config.json says, which is there with --tune lora and with --tune full.
+"""
 
 import os
 import random
@@ -12,9 +15,9 @@ from training import folders
 FILES = (
     "pretrain/model.safetensors",
     "base/model.safetensors",
-    "reward/adapter_model.safetensors",
-    "mle/adapter_model.safetensors",
-    "ppo/policy/adapter_model.safetensors",
+    "reward/config.json",
+    "mle/config.json",
+    "ppo/config.json",
     "eval/scores.json",
 )
 
