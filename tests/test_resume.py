@@ -378,6 +378,21 @@ def test_resume_elsewhere(train, interrupted, whole, tmp_path):
     assert result(tmp_path / "new/ppo") == whole("ppo") and contents(folder) == before
 
 
+def test_resume_a_lone_checkpoint(train, interrupted, whole, tmp_path):
+    """A checkpoint that was saved from a dead machine alone: its log is lost, and that of the steps from there on has
+    each step once, however often the run is stopped.
+    """
+    shutil.move(interrupted("mle") / "checkpoints/step-00000006", tmp_path / "rescued")
+    folder = tmp_path / "new"
+    assert train("mle", "--resume", tmp_path / "rescued", "--max-time", 1e-9, folder=folder) == 143
+    with open(folder / "mle.partial/metrics.jsonl", "a") as log:
+        log.write('{"step": 7, "loss": 1}\n{"st')  # logged, and killed before it was saved
+    assert train("mle", "--resume", folder=folder) == 0
+    assert [line["step"] for line in journal(folder / "mle")] == [6, 7, 8, 9, 10, 11]
+    weights = "adapter_model.safetensors"
+    assert (folder / "mle" / weights).read_bytes() == whole("mle")[weights]
+
+
 def test_resume_from_before(train, interrupted, after, whole):
     """From the older of two checkpoints: the newer one, of a future taken back, is not what a later resume finds."""
     folder = interrupted("mle", 10)

@@ -117,6 +117,16 @@ def test_the_best_adapter_is_kept(train, stage, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stage", FLAGS)
+def test_the_best_is_the_best_on_the_same_rows(train, stage, capsys):
+    """Losses on other validation rows cannot be compared: --keep best resumes over the same rows or not at all."""
+    flags = ["--eval-every", 1, "--keep", "best", "--eval-examples"]
+    assert train(stage, *flags, 6, "--max-time", 1e-9) == 143
+    assert train(stage, *flags, 5, "--resume") == 2
+    assert "changed since: " in (said := capsys.readouterr().err) and "validation data" in said
+    assert train(stage, *flags, 6, "--resume") == 0
+
+
+@pytest.mark.parametrize("stage", FLAGS)
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_stopped_run_ends_with_the_same_bits(train, stage, stop, monkeypatch):
     """Stopped before, at and between two validations and resumed: the same adapter, the best's, and the same lines."""

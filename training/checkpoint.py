@@ -83,12 +83,16 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
         found["base model"] = model_hash(base)
         found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
     found |= depends_on or {}
-    texts = hashlib.sha256()
-    ids = hashlib.sha256()
+    texts = rows_hash(rows, ("id", "source", "target"))
+    return found | {"data": texts, "prompt template or negatives": rows_hash(rows, ("kind", "prompt", "response"))}
+
+
+def rows_hash(rows, names):
+    """SHA-256 of the named fields of a list of Datum."""
+    found = hashlib.sha256()
     for datum in rows:
-        texts.update(repr((datum.id, datum.source, datum.target)).encode())
-        ids.update(repr((datum.kind, datum.prompt, datum.response)).encode())
-    return found | {"data": texts.hexdigest(), "prompt template or negatives": ids.hexdigest()}
+        found.update(repr(tuple(getattr(datum, name) for name in names)).encode())
+    return found.hexdigest()
 
 
 def model_hash(folder):

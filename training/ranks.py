@@ -14,6 +14,7 @@ In one process every function here returns at once what it was given. B rows of 
 """
 
 import os
+import time
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
@@ -34,6 +35,7 @@ class World:
     """The state of this process: its number, how many there are, and how they reach each other."""
 
     rank, size, store = 0, 1, None
+    started = time.monotonic()  # the command of this process; --max-time counts from here
     idle = False  # whether this rank has no row of the current batch
 
 
@@ -61,6 +63,7 @@ def number(environment=os.environ):
 
 def start(command, settings):
     """Meet the other ranks, if there are any, and check that all were given the same settings (a dict)."""
+    world.started = time.monotonic()
     size = number()
     if size == 1:
         return

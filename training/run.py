@@ -30,7 +30,7 @@ import data
 from formats.errors import UserError
 from speed import shared_prompts
 from training import ranks
-from training.checkpoint import checkpoints, fingerprint, read_checkpoint, write_checkpoint
+from training.checkpoint import checkpoints, fingerprint, read_checkpoint, rows_hash, write_checkpoint
 from training.files import clear, write_json
 from training.terminal import Stopped, say
 from training.validation import BEST
@@ -91,6 +91,7 @@ class Run:
         self.keeps_best = validate is not None and settings.keep == "best"
         if self.keeps_best:
             self.facts["--keep"] = f"best of every {settings.eval_every}"
+            self.facts["validation data"] = rows_hash(validate.rows, ("kind", "prompt", "response"))
         self.batch_ids = []  # of the current batch
         self.step = -1  # the current step
         self.stop = 0  # the number of the signal that asks the run to stop
@@ -168,9 +169,9 @@ class Run:
         log = self.folder / "metrics.jsonl"
         self.file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self.unwritten = b""
-        keep_first_lines(log, self.file, self.first)
+        cut_log(log, self.first)
+        cut_log(self.folder / "validation.jsonl", self.first + 1)  # that of the checkpoint's step belongs to it
         clear(self.folder / "bad_batch.json")
-        self.cut_validations()
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.monotonic()
         self.bar = None
@@ -203,7 +204,8 @@ class Run:
         done = self.step + 1 - self.first
         if done < 1:
             return
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.settings.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
         epoch = math.ceil(len(self.rows) / self.settings.batch_size)
@@ -256,15 +258,6 @@ class Run:
             self.end_step(step + 1, steps)
             return_free_memory()
 
-    def cut_validations(self):
-        """Keep the validations up to the step that the run continues from."""
-        file = self.folder / "validation.jsonl"
-        lines = file.read_bytes().splitlines(keepends=True) if self.first and file.exists() else []
-        clear(file)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self.first]
-        if kept:
-            file.write_bytes(b"".join(kept))
-
     def validate_now(self, done):
         """Validate after `done` steps: log the numbers, and remember the parameters if they are the best so far."""
         self.validated = self.validate()
@@ -283,7 +276,7 @@ class Run:
         """Validate and save when it is time; raise Stopped where a signal or --max-time asks for it."""
         if self.validate and (done % self.settings.eval_every == 0 or done == steps):
             self.validate_now(done)
-        if 0 < self.settings.max_time * 60 < time.monotonic() - self.started:
+        if 0 < self.settings.max_time * 60 < time.monotonic() - ranks.world.started:
             self.stop = self.stop or signal.SIGTERM
         self.stop = ranks.most(self.stop)
         must = done == steps or bool(self.stop)
@@ -358,10 +351,14 @@ def changes(then, now):
     return changed
 
 
-def keep_first_lines(path, handle, n):
-    """Cut an open file to its first n lines: a killed run may have logged more steps than it saved, or half a line."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    os.ftruncate(handle, sum(len(line) for line in lines[:n]))
+def cut_log(file, step):
+    """Cut a log before its first line of `step` or later: a killed run may have logged more than it saved, or half a
+    line.
+    """
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    kept = itertools.takewhile(lambda line: line.endswith(b"\n") and json.loads(line)["step"] < step, lines)
+    if lines:
+        os.truncate(file, sum(map(len, kept)))
 
 
 def open_loggers(settings, stage):

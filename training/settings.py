@@ -101,7 +101,9 @@ class Schedule(Common):
     )
     save_every: int = opt(100, "steps between checkpoints", least=1, result=False)
     keep_checkpoints: int = opt(2, "recent checkpoints to keep", least=2, result=False)
-    max_time: float = opt(0.0, "save and stop after this many minutes, as on SIGTERM; 0: never", least=0, result=False)
+    max_time: float = opt(
+        0.0, "save and stop this many minutes after the start, as on SIGTERM; 0: never", least=0, result=False
+    )
     report_to: str = opt("", "log to tensorboard, wandb, or both (tensorboard,wandb) [neither]", result=False)
     deterministic: bool = opt(False, "the same bits in every run on a GPU, slower; a CPU needs no flag")
 

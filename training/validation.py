@@ -1,7 +1,8 @@
 """Validation while training: numbers on the validation split, and which of them says that an adapter is the best.
 
-Every function here returns None where --eval-every is 0, as in the paper, else a function without arguments that
-validates once and returns {metric: number}. Nothing random is in it: a run with it makes the same updates.
+Every of_… returns None where --eval-every is 0, as in the paper, else a function without arguments that validates once
+and returns {metric: number}; its attribute `rows` are the rows. Nothing random is in it: a run with it makes the same
+updates.
 
 Dimensions: B batch, T time.
 """
@@ -25,9 +26,16 @@ BEST = {
 }  # what --keep best keeps
 
 
+def on_rows(rows, function, *arguments):
+    """function(*arguments, rows), to be called later."""
+    call = partial(function, *arguments, rows)
+    call.rows = rows
+    return call
+
+
 def of_reward(settings, llama, rows):
     """Loss and AUC of each class on held-out rows, negatives included."""
-    return partial(validate_reward, settings, llama, rows) if settings.eval_every else None
+    return on_rows(rows, validate_reward, settings, llama) if settings.eval_every else None
 
 
 def validate_reward(settings, llama, rows):
@@ -44,7 +52,7 @@ def of_mle(settings, llama, tokenizer):
     if not settings.eval_every:
         return None
     rows = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, settings.eos_in_labels)
-    return partial(validate_mle, settings, llama, rows)
+    return on_rows(rows, validate_mle, settings, llama)
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def of_ppo(settings, llama, tokenizer, score):
     if not settings.eval_every:
         return None
     rows = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
-    return partial(validate_ppo, settings, llama, tokenizer, score, rows)
+    return on_rows(rows, validate_ppo, settings, llama, tokenizer, score)
 
 
 @torch.no_grad()
