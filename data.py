@@ -137,7 +137,10 @@ def load_template(name, folder, controls):
         text = read_text(Path(name), 1 << 16)
         if text.count("{source}") != 1:
             raise UserError(f"{name}: the template must contain {{source}} exactly once, where the input text goes")
-        return text, ""
+        known = [known for known, (prompt, _) in TEMPLATES.items() if prompt == text]  # written by a stage, see below
+        if not known:
+            return text, ""
+        name = known[0]
     missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name][0])) - set(controls))
     if missing:
         raise UserError(f"--template {name}: this model's tokenizer has no {missing[0]}; choose another --template")

@@ -236,6 +236,7 @@ class Llama(nn.Module):
 
     recompute: whether backward recomputes each block's activations instead of keeping them (--grad-checkpoint).
     folder: that it was loaded from. hash: of its files, where the caller knows it; adapters remember their base by it.
+    template: the prompt of its tokenizer, where the caller knows it; adapters remember that, too.
     """
 
     def __init__(self, config):
@@ -255,6 +256,7 @@ class Llama(nn.Module):
         self.prepared = None  # the weights of speed.cpu_decoder
         self.folder = None
         self.hash = ""
+        self.template = ""
 
     def forward(self, tokens, adapter=None, cache=None, wanted=None, layout=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).

@@ -797,6 +797,8 @@ def test_load_template(tmp_path):
     assert data.load_template("", tmp_path, {}) == data.TEMPLATES["llama2"]
     (tmp_path / "template.txt").write_text("Été: {source}\n", encoding="utf-8")
     assert data.load_template("", tmp_path, {}) == ("Été: {source}\n", "")
+    (tmp_path / "template.txt").write_text(data.TEMPLATES["chatml"][0])  # as a stage writes it: the same end of answers
+    assert data.load_template("", tmp_path, {"<|im_start|>": 1, "<|im_end|>": 2}) == data.TEMPLATES["chatml"]
     for text in ("Summarise this.", "{source} {source}"):
         (tmp_path / "template.txt").write_text(text)
         with pytest.raises(ValueError, match=r"template\.txt.*\{source\} exactly once"):

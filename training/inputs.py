@@ -11,7 +11,7 @@ import ppo
 from beyond import reward_function
 from beyond.full import FullLlama
 from formats.errors import UserError
-from formats.files import read_json
+from formats.files import read_json, read_text
 from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
 from formats.tables import PRESETS
@@ -55,6 +55,7 @@ def open_base(settings, dtype=None):
     llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
     llama.recompute = getattr(settings, "grad_checkpoint", False)
     llama.hash = "" if settings.dry_run else model_hash(folder)
+    llama.template = tokenizer.template
     return llama, tokenizer
 
 
@@ -213,8 +214,16 @@ def load_column(settings, llama, name, other="other"):
     if name == "base":
         return None
     adapter = name if name in ("mle", "policy") else other
-    llama.load_adapter(adapter, adapter_folder(settings, name))
+    load_trained(llama, adapter, adapter_folder(settings, name))
     return adapter
+
+
+def load_trained(llama, name, folder, head=False):
+    """Load what a stage has saved, and refuse it where it has learned another prompt. head: as in load_adapter."""
+    file = Path(folder) / "template.txt"
+    if file.is_file() and read_text(file, 1 << 16) != llama.template:
+        raise UserError(f"{folder}: trained with another prompt than this one; add --template {file}")
+    llama.load_adapter(name, folder, head)
 
 
 def load_columns(settings, llama, names):
@@ -252,7 +261,7 @@ def start_adapter(settings, llama, name, stream, head=None):
         raise UserError(f"--init {settings.init}: is a whole model; add --tune full, or name an adapter")
     if not is_model(folder) and settings.tune == "full":
         raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
-    llama.load_adapter(name, folder, head=head is not None)
+    load_trained(llama, name, folder, head=head is not None)
     return {"init adapter": adapter_hash(folder)}
 
 
@@ -282,7 +291,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
         new_adapter(Reward(seed=settings.seed), llama, "reward", "reward", head="normal")
         return None, {}
     level = reward_level(folder)
-    llama.load_adapter("reward", folder, head=True)
+    load_trained(llama, "reward", folder, head=True)
 
     def score(batch):
         return ppo.reward_scores(llama, batch, level)

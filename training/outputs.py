@@ -12,6 +12,7 @@ def save_trained(settings, llama, tokenizer, name, folder):
         save_model(settings, llama.copies[name], tokenizer, folder)
     else:
         llama.save_adapter(name, folder, settings.model)
+        write_template(tokenizer, folder)
     write_card(settings, llama.folder, folder, name)
 
 
@@ -20,5 +21,10 @@ def save_model(settings, llama, tokenizer, folder, quantization=None):
     model.save(llama, folder, quantization)
     eos_text = None if tokenizer.own_eos else tokenizer.end
     copy_companions(llama.folder, folder, llama.config.eos_token_id, eos_text)
-    if settings.template and tokenizer.own_eos:  # llama3 and chatml are found again by their tokens
-        (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")
+    if settings.template:
+        write_template(tokenizer, folder)
+
+
+def write_template(tokenizer, folder):
+    """Write the prompt into a folder, for `training.inputs.load_trained` and for readers."""
+    (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")

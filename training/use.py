@@ -14,7 +14,7 @@ from training import chat, ranks
 from training.card import write_card
 from training.dry_run import dry_run, merged_memory
 from training.folders import stage_folder
-from training.inputs import adapter_folder, context_left, generator, load_column, load_columns, open_base
+from training.inputs import adapter_folder, context_left, generator, load_column, load_columns, load_trained, open_base
 from training.outputs import save_model
 from training.predictions import Predictions, row_uniform
 from training.terminal import progress, say
@@ -82,7 +82,7 @@ def merge(settings):
     with stage_folder(settings, "merge") as folder:
         llama, tokenizer = open_base(settings)
         llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
-        llama.load_adapter("merged", adapter_folder(settings, settings.adapter))
+        load_trained(llama, "merged", adapter_folder(settings, settings.adapter))
         if llama.copies:
             raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
         if settings.dry_run:
