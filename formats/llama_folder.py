@@ -44,9 +44,11 @@ def read_config(folder):
         raise UserError(f"{folder}: GGUF is not read; take the model's safetensors version")
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder}: no such model folder; name one that contains config.json, *.safetensors and a tokenizer, or a "
-            f"model of the Hub: --model OWNER/NAME"
+            f"--model {folder}: no such model folder; name one that contains config.json, *.safetensors and a "
+            f"tokenizer, or a model of the Hub: OWNER/NAME"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: is an adapter, not a model; name the model that it was trained on")
     raw = read_json(file)
     if raw.get("model_type") not in tuple(FAMILIES):
         raise UserError(

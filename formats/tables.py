@@ -90,6 +90,8 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
 def read_inputs(path, input_column=None, delimiter=None):
     """All inputs of a file, whose rows need no target: a list of (id, source)."""
     file = Path(path)
+    if not path:
+        raise UserError("predict: which inputs? Add --input FILE")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; --input takes a file of inputs: {', '.join(SUFFIXES)}")
     names = columns.Names(input_column)
@@ -104,20 +106,26 @@ def read_inputs(path, input_column=None, delimiter=None):
     return rows
 
 
+def check_there(name_or_path):
+    """Raise FileNotFoundError unless --data names a preset, or a file or folder that exists."""
+    if name_or_path not in ("toy", *PRESETS) and not Path(name_or_path).exists():
+        raise FileNotFoundError(
+            f"{name_or_path}: no such file or folder; --data takes toy, {', '.join(PRESETS)}, or the path of your own "
+            f"data"
+        )
+
+
 def find_files(name_or_path, split):
     """The files of one split."""
+    check_there(name_or_path)
     preset = PRESETS.get(str(name_or_path))
     path = Path("data") / name_or_path if preset else Path(name_or_path)
     if path.is_dir():
         return find_split(path, split)
     if path.exists():
         return [path]
-    if preset:
-        pattern = preset.files.format(split=split)
-        return sorted(fetch(preset.repo, preset.revision, [pattern], "dataset").glob(pattern))
-    raise FileNotFoundError(
-        f"{path}: no such file or folder; --data takes toy, {', '.join(PRESETS)}, or the path of your own data"
-    )
+    pattern = preset.files.format(split=split)
+    return sorted(fetch(preset.repo, preset.revision, [pattern], "dataset").glob(pattern))
 
 
 def share_of_file(path, split, rows):

@@ -185,6 +185,8 @@ def read_raw(file):
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
         raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {file}: no such file; configs/ has examples") from None
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError or UnicodeDecodeError is a ValueError
         raise UserError(f"{file}: unreadable settings: {error}; fix the file") from None
     if not isinstance(raw, dict):
@@ -316,7 +318,10 @@ SHARED_WITH_REWARD = (
 
 
 def reward_settings(ppo):
-    """The settings of the reward model that `ppo` trains where there is none; --config's [reward] overrides PPO's."""
+    """The settings of the reward model that `ppo` trains where there is none.
+
+    Common's are PPO's, both see the same data in the same way. --config's [reward] overrides those SHARED_WITH_REWARD.
+    """
     given = {name: getattr(ppo, name) for name in SHARED_WITH_REWARD}
     given["resume"] = "auto" if ppo.resume else ""
     if ppo.config and not ppo.config.endswith(".json"):  # a stage's config.json has that stage's settings alone

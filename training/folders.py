@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from formats import tables
 from formats.errors import UserError
 from formats.llama_folder import is_model
 from training import ranks
@@ -38,6 +39,8 @@ def stage_folder(settings, stage):
     and done at the end.
     """
     check_push(settings)
+    if stage != "merge":  # which reads no data; the others look for theirs before they fetch a base
+        tables.check_there(settings.data)
     show_settings(settings, stage)
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:

@@ -52,6 +52,11 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norms[0]
 
+    def start_again(self, group):
+        """Forget a group's moments and how many updates it had, as if its next were its first."""
+        for parameter in group:
+            self.adamw.state.pop(parameter, None)
+
     def state(self):
         """{name: tensor} of everything the next update depends on: the weights, AdamW's moments and step counts."""
         tensors = {f"weight.{i}": parameter.detach() for i, parameter in enumerate(self.parameters)}

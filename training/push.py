@@ -38,7 +38,8 @@ def check_push(settings):
                         f"out --push and upload later") from None  # fmt: skip
     if answer.status_code != 200:
         raise UserError(f"--push: the Hub refuses the token ({answer.status_code}); make another and set HF_TOKEN")
-    if not on_hub(settings.model):
+    is_adapter = getattr(settings, "tune", "full") == "lora"  # `merge` has no such setting: it pushes a whole model
+    if is_adapter and not on_hub(settings.model):
         warn(f"--push: the base {settings.model} is a folder of this machine; who downloads an adapter needs it, too")
 
 

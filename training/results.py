@@ -69,7 +69,7 @@ def add_bleurt(settings, examples, columns, references):
             metrics.pop("bleurt", None)
         reason = str(error).strip().splitlines()[0]
         print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
-        return f"not computed, {settings.bleurt} could not be loaded"
+        return f"not computed, {settings.bleurt} could not be used"
     return Path(settings.bleurt).name
 
 
