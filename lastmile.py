@@ -53,6 +53,7 @@ from formats.errors import UserError
 from speed import shared_prompts
 from toy import chatter
 from training import ranks, results, use, validation
+from training.checkpoint import model_hash
 from training.dry_run import calibration_memory, dry_run
 from training.files import write_json
 from training.folders import command, require, stage_folder
@@ -299,6 +300,8 @@ def train_ppo(settings):
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
                 policy_learns = step >= settings.value_warmup_steps
+                if step == settings.value_warmup_steps:
+                    optimizer.start_again(policy)  # its gradients were zero until here
                 numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl, policy_learns)
                 run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
         save_trained(settings, llama, tokenizer, "policy", folder / "policy")
@@ -365,6 +368,7 @@ def train_missing_reward(settings):
     if settings.dry_run:
         return
     llama, _ = open_base(replace(settings, dry_run=True))
+    llama.hash = model_hash(llama.folder)
     add_actors(settings, llama)  # what PPO would refuse later, it refuses now
     say(f"ppo: no reward model in {settings.reward} yet; training it first")
     train_reward(command_line.reward_settings(settings))
