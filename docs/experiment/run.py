@@ -40,9 +40,10 @@ UNQUANTIZED, BASE, REAL_BASE = (
 XSUM = f"--data data/xsum_test_1000.jsonl --model {RUNS}/main/base --max-input-tokens 600 --dtype bfloat16"
 TRAIN, LESS = "--train-examples 420", "--train-examples 210 --eval-every 30 --eval-examples 50"
 REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3"))  # chosen by `tune`
-THREES = "--rows-per-prompt 3"  # the default when these rows were run
-SEEDS = ("1", "2", "3", "3-again")  # the last: on another machine, for the rows that were made there
+THREES = "--rows-per-prompt 3"  # the default when these rows were run; the later ones have all six
+SEEDS = (1, 2, 3)
 RATES = {"mle": ("3e-4", "1e-3", "3e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("3e-4", "1e-3", "3e-3")}
+SIX = f"--reward {RUNS}/all-six-rows/reward"
 TUNED = {"reward": THREES, "ppo": f"--reward {RUNS}/tune-reward-1e-3/reward", "mle": ""}
 
 
@@ -54,11 +55,9 @@ def against(seed):
     return f"--reward {RUNS}/seed-{seed}/reward"
 
 
-def changed(flags, seed=1, judge=None):
-    """PPO as in the row `seed 1` (or another), but for the flags, of which the last counts. judge: the row whose reward
-    model it has, that seed's by default.
-    """
-    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {against(judge or seed)} {PPO} {flags}", "eval": judged("policy")}
+def changed(flags, seed=1):
+    """PPO as in the row `seed 1` (or another), but for the flags, of which the last counts."""
+    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {against(seed)} {PPO} {flags}", "eval": judged("policy")}
 
 
 def drawn(seed):
@@ -70,7 +69,7 @@ def drawn(seed):
 def rewarded(flags, seed=1):
     """The row `seed 1` (or another) without MLE, but for the flags of its reward model."""
     common = f"{BASE} --seed {seed} {TRAIN}"
-    return {"reward": f"{common} {REWARD} {THREES} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
+    return {"reward": f"{common} {REWARD} {flags}", "ppo": f"{common} {PPO}", "eval": judged("policy")}
 
 
 ROWS = {
@@ -81,9 +80,9 @@ ROWS = {
     "base": {"eval": judged("base")},
     "unquantized base": {"eval": judged("base", UNQUANTIZED)},
     **{f"seed {seed}": {
-        "reward": f"{BASE} --seed {seed[0]} {TRAIN} {REWARD} {THREES}",
-        "mle": f"{BASE} --seed {seed[0]} {TRAIN} {MLE}",
-        "ppo": f"{BASE} --seed {seed[0]} {TRAIN} {PPO}",
+        "reward": f"{BASE} --seed {seed} {TRAIN} {REWARD} {THREES}",
+        "mle": f"{BASE} --seed {seed} {TRAIN} {MLE}",
+        "ppo": f"{BASE} --seed {seed} {TRAIN} {PPO}",
         "eval": judged("mle,policy"),
     } for seed in SEEDS},
     "make real": {},  # by that command, with its default seed, 1337
@@ -92,24 +91,24 @@ ROWS = {
     "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
-    "value warm-up": changed("--value-warmup-steps 20", seed=3, judge="3-again"),
+    "value warm-up": changed(f"{SIX} --value-warmup-steps 20", seed=3),
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
-    "span negatives": rewarded("--hallucinations span"),
-    "sequence level": rewarded("--level sequence", seed=3),
+    "span negatives": rewarded(f"{THREES} --hallucinations span"),
+    "sequence level": rewarded(f"{THREES} --level sequence", seed=3),
     "2 rounds": rewarded("--rounds 2", seed=3),
     "float32": {
         "mle": f"{BASE} --dtype float32 --seed 3 {TRAIN} {MLE}",
         "eval": f"{judged('mle')} --dtype float32",
     },
-    "all six rows": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD}"},
+    "all six rows": rewarded("", seed=3) | {"mle": f"{BASE} --seed 3 {TRAIN} {MLE}", "eval": judged("mle,policy")},
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples mle",
         "ppo": f"{BASE} --seed 3 {TRAIN} {PPO}",
         "eval": judged("policy"),
     },
-    "policy samples": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples policy"},
+    "policy samples": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples policy"},
     "second policy": changed(f"--reward {RUNS}/policy-samples/reward", seed=3),
     "1000 pairs": {
         "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD} {THREES}",
@@ -126,17 +125,17 @@ ROWS = {
 }  # fmt: skip
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
-ADAPTERS_OF = {"make real, all test rows": "make real", "policy samples": "seed 3-again"}
-OF_SEED_3 = "mle samples", "sequence level", "KL 0.05", "rouge reward", "1000 pairs", "float32"
-OF_SEED_3_AGAIN = "second policy", "2 rounds", "value warm-up"
+ADAPTERS_OF = {"make real, all test rows": "make real", "policy samples": "all six rows"}
+OF_SEED_3 = "mle samples", "sequence level", "KL 0.05", "rouge reward", "1000 pairs", "float32", "all six rows"
+OF_ALL_SIX = "second policy", "2 rounds", "value warm-up"
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
     "span negatives": "seed 1",
     **dict.fromkeys(OF_SEED_3, "seed 3"),
-    **dict.fromkeys(OF_SEED_3_AGAIN, "seed 3-again"),
+    **dict.fromkeys(OF_ALL_SIX, "all six rows"),
 }
 REPEATS = (  # the same but for chance
-    "seed 1", "seed 2", "seed 3", "seed 3-again", "make real", "draw 4", "draw 5", "first seed 1",
+    "seed 1", "seed 2", "seed 3", "all six rows", "make real", "draw 4", "draw 5", "first seed 1",
 )  # fmt: skip
 
 
