@@ -101,7 +101,11 @@ ROWS = {
         "mle": f"{BASE} --dtype float32 --seed 3 {TRAIN} {MLE}",
         "eval": f"{judged('mle')} --dtype float32",
     },
-    "all six rows": rewarded("", seed=3) | {"mle": f"{BASE} --seed 3 {TRAIN} {MLE}", "eval": judged("mle,policy")},
+    "all six rows": {
+        "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
+        **rewarded("", seed=3),
+        "eval": judged("mle,policy"),
+    },
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples mle",
