@@ -209,7 +209,7 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)
-        mixed = SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up  # (…, inner)
+        mixed = SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate).mul_(up)  # (…, inner)
         return self.down_proj(mixed, adapter)
 
 

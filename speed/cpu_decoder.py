@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from speed.cpu import by_mkl, multiplies_bf16
 
 LARGEST = 2 << 30  # bytes of prepared weights; a larger model has no memory to spare for a second copy
-LARGE = 1 << 18  # numbers in a matrix from which oneDNN's own layout pays
+LARGE = 1 << 16  # numbers in a matrix from which oneDNN's own layout pays
 
 
 class Product:
