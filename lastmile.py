@@ -381,6 +381,7 @@ def train_missing_reward(settings):
 def evaluate(settings):
     """Greedy predictions on the test split and their scores, for base, mle and policy, raw and cleaned."""
     names = column_names("--adapters", settings.adapters)
+    evaluation.metrics_by_example([], [], "ascii")  # without rouge-score it ends here, not after the predictions
     with stage_folder(settings, "eval") as folder:
         llama, tokenizer = open_base(settings)
         adapters = {name: load_column(settings, llama, name) for name in names}

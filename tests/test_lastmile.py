@@ -719,6 +719,16 @@ def test_pretrain_in_bfloat16(tmp_path, capsys):
     assert "use bfloat16 or float32" in capsys.readouterr().err and not (tmp_path / "half").exists()
 
 
+def test_eval_needs_rouge_first(fresh_run, monkeypatch, capsys):
+    """Where rouge-score is not installed, eval says so before it predicts for hours, not after."""
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setattr(lastmile.model, "sample", Mock(side_effect=AssertionError))
+    assert fresh_run("eval", "--adapters", "base") == 2
+    error = capsys.readouterr().err
+    assert "rouge_score" in error and error.endswith("make setup\n") and error.count("\n") == 1
+    assert not list(fresh_run.folder.glob("eval*"))
+
+
 def test_an_adapter_keeps_its_prompt(fresh_run, tmp_path, capsys):
     """An adapter that answers another prompt than it learned gives worse outputs, and nothing shows it: every folder
     has its prompt, and what would use it with another is refused, with the flag that helps.

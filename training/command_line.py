@@ -351,6 +351,8 @@ def diagnosis(error):
         message = f"{error.filename}: {error.strerror}" if error.filename else error
         disk = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
         return (1, f"{message}; fix that; {RESUME}") if error.errno in disk else (2, message)
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"{error}; install what lastmile needs: make setup"
     return (2, error) if isinstance(error, UserError) else None
 
 
