@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import toy as corpus
 from beyond.hallucinations import hallucinated
@@ -137,10 +138,10 @@ def load_template(name, folder, controls):
         text = read_text(Path(name), 1 << 16)
         if text.count("{source}") != 1:
             raise UserError(f"{name}: the template must contain {{source}} exactly once, where the input text goes")
-        known = [known for known, (prompt, _) in TEMPLATES.items() if prompt == text]  # written by a stage, see below
-        if not known:
+        names = {prompt: name for name, (prompt, _) in TEMPLATES.items()}
+        if text not in names:
             return text, ""
-        name = known[0]
+        name = names[text]  # as a stage has written it: answers end as those of the template
     missing = sorted(set(re.findall(r"<\|\w+\|>", TEMPLATES[name][0])) - set(controls))
     if missing:
         raise UserError(f"--template {name}: this model's tokenizer has no {missing[0]}; choose another --template")
@@ -333,15 +334,15 @@ class Batch:
     weight: torch.Tensor  # (B,) float: 1, or 1/5 for a negative
     rows: tuple  # of B Datum: what the batch was made from
 
+    def __getitem__(self, rows):
+        """The batch of some rows, a slice; padding is kept."""
+        return Batch(*[getattr(self, field.name)[rows] for field in fields(self)])
+
     def split(self, size):
-        """Micro-batches of at most `size` rows; padding is kept. 0: one, the whole batch."""
+        """Micro-batches of at most `size` rows. 0: one, the whole batch."""
         B = len(self.rows)
         size = size or B
-        parts = []
-        for start in range(0, B, size):
-            values = [getattr(self, field.name)[start : start + size] for field in fields(self)]
-            parts.append(Batch(*values))
-        return parts
+        return [self[start : start + size] for start in range(0, B, size)]
 
 
 def collate(data, device="cpu"):
@@ -349,17 +350,14 @@ def collate(data, device="cpu"):
     rows = [datum.prompt + datum.response for datum in data]
     prompt_len = torch.tensor([len(datum.prompt) for datum in data])  # (B,)
     row_len = torch.tensor([len(row) for row in rows])  # (B,)
-    tokens = torch.zeros(len(rows), int(row_len.max()), dtype=torch.long)  # (B, T); padding is never read
-    for b, row in enumerate(rows):
-        tokens[b, : len(row)] = torch.tensor(row)
+    tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True)  # (B, T); padding is never read
     column = torch.arange(tokens.shape[1])  # (T,)
     mask = (column >= prompt_len[:, None]) & (column < row_len[:, None])  # (B, T)
     label = torch.tensor([datum.label for datum in data])[:, None].repeat(1, tokens.shape[1])  # (B, T)
     for b, datum in enumerate(data):
         if datum.span:
-            start = len(datum.prompt) + datum.span[0]
-            end = len(datum.prompt) + datum.span[1]
-            label[b] = torch.where((column >= start) & (column < end), label[b], 1)
+            start, end = (len(datum.prompt) + place for place in datum.span)
+            label[b, :start] = label[b, end:] = 1
     weight = torch.tensor([datum.weight for datum in data])  # (B,)
     tensors = [tokens, mask, prompt_len, row_len - prompt_len, label, weight]
     return Batch(*[tensor.to(device) for tensor in tensors], rows=tuple(data))

@@ -25,6 +25,7 @@ quant.py), ppo.py, eval.py.
 Paper: Solway 2024, arXiv 2408.16753. Dimensions: B batch, T time.
 """
 
+import gc
 import os
 import sys
 
@@ -326,8 +327,7 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
             if settings.entropy_coef > 0:
                 policy_loss = policy_loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
-            # No coefficient: the adapters are disjoint, each with its own clip.
-            loss = value_loss + policy_loss if policy_learns else value_loss + 0 * policy_loss
+            loss = value_loss + policy_learns * policy_loss  # no coefficient: disjoint adapters, each with its own clip
             optimizer.backward(loss, data.fraction(part.mask, batch.mask))
             passes.append((logp.detach(), value.detach(), entropy.detach()))
         grad_norm = optimizer.step(rate)
@@ -372,6 +372,7 @@ def train_missing_reward(settings):
     add_actors(settings, llama)  # what PPO would refuse later, it refuses now
     say(f"ppo: no reward model in {settings.reward} yet; training it first")
     train_reward(command_line.reward_settings(settings))
+    gc.collect()  # the layers of its base refer to each other: or there would be two bases in memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,18 +390,14 @@ def evaluate(settings):
         if settings.dry_run:
             return dry_run(settings, llama, rows, samples=True)
         warn_of_overlap(settings, rows)
+        greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
         for name, adapter in adapters.items():
-            sampler = partial(
-                model.sample, llama, adapter=adapter, max_new_tokens=settings.max_new_tokens, temperature=0
-            )
+            sampler = ranks.sharded(partial(greedy, adapter=adapter))
             bar = progress(f"eval {name}")
-            sampler = ranks.sharded(sampler)
             predictions[name] = evaluation.predict(rows, sampler, settings.batch_size, tokenizer.decode, bar)
             results.write_predictions(folder / f"{name}.jsonl", rows, predictions[name])
-        if not ranks.first():
-            return
-        results.score(settings, folder, rows, predictions)
+        ranks.first_alone(partial(results.score, settings, folder, rows, predictions))
     say(f"\n{rows[0].source}\n\nreference: {rows[0].target}")
     for name in names:
         say(f"{name}: {predictions[name][0]}")

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
@@ -342,8 +343,8 @@ class Llama(nn.Module):
 
     def add_eos(self, token):
         """Let one more token id end outputs."""
-        ends = dict.fromkeys((*self.config.eos_token_id, token))
-        self.config = replace(self.config, eos_token_id=tuple(ends))
+        ends = tuple(dict.fromkeys((*self.config.eos_token_id, token)))
+        self.config = replace(self.config, eos_token_id=ends)
 
     @property
     def device(self):
@@ -410,9 +411,7 @@ def prefill(llama, prompts, adapter, max_new_tokens):
     device = llama.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     T = int(length.max())
-    tokens = torch.zeros(len(prompts), T, dtype=torch.long)  # (B, T)
-    for b, prompt in enumerate(prompts):
-        tokens[b, : len(prompt)] = torch.tensor(prompt)
+    tokens = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)  # (B, T)
     dtype = llama.model.embed_tokens.weight.dtype
     cache = KVCache(llama.config, len(prompts), T + max_new_tokens, device, dtype)
     last = torch.arange(len(prompts), device=device) * T + length - 1  # (B,)

@@ -175,7 +175,7 @@ def states_before(mask):
 
 def fill(mask, flat):
     """(n,) values of the response tokens -> (B, T), 0 elsewhere; differentiable."""
-    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def token_logp(logits, batch):

@@ -47,7 +47,8 @@ def read_config(folder):
             f"--model {folder}: no such model folder; name one that contains config.json, *.safetensors and a "
             f"tokenizer, or a model of the Hub: OWNER/NAME"
         )
-    if (folder / "adapter_config.json").is_file():
+    has_adapter = (folder / "adapter_config.json").is_file()  # a model may lie beside one
+    if has_adapter and not (file.is_file() and "model_type" in read_json(file)):
         raise UserError(f"{folder}: is an adapter, not a model; name the model that it was trained on")
     raw = read_json(file)
     if raw.get("model_type") not in tuple(FAMILIES):

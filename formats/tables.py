@@ -78,7 +78,7 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
     if empty:
         print(f"{split}: skipped {empty} rows of {name_or_path} with an empty text", file=sys.stderr)
     if unused:
-        names = ", ".join(map(str, [*unused][:8])) + (", …" if len(unused) > 8 else "")
+        names = ", ".join(repr(str(name))[1:-1] for name in [*unused][:8]) + (", …" if len(unused) > 8 else "")
         print(f"{split}: columns of {name_or_path} that are not used: {names}", file=sys.stderr)
     if Path(name_or_path).is_file():
         rows = share_of_file(name_or_path, split, rows)

@@ -15,7 +15,7 @@ from beyond import reward_function
 from training.command_line import read_settings
 from training.dry_run import dry_run
 from training.folders import settings_file
-from training.inputs import open_base, open_reward
+from training.inputs import load_trained, open_base, open_reward
 from training.settings import COMMANDS
 
 
@@ -38,7 +38,7 @@ def examine(settings, columns, rows):
     score, _ = open_reward(ppo_settings, llama, tokenizer, examples_of_run)
     has_value = (run / "ppo" / "value").is_dir()
     if has_value:
-        llama.load_adapter("value", run / "ppo" / "value", head=True)
+        load_trained(llama, "value", run / "ppo" / "value", head=True)
     if settings.dry_run:
         dry_run(settings, llama)
         return [], ""

@@ -82,7 +82,8 @@ def logs_of(run):
 
 def add_validations(lines, file):
     """Add the numbers of validation.jsonl to the lines of the steps after which they were measured."""
+    by_step = {line.get("step"): line for line in lines}  # a log may begin late: of a checkpoint saved without it
     for found in read_lines(file) if file.is_file() else []:
         done = found.pop("step", None)
-        if isinstance(done, int) and 0 < done <= len(lines):
-            lines[done - 1].update(found)
+        if isinstance(done, int):
+            by_step.get(done - 1, {}).update(found)

@@ -101,7 +101,7 @@ def test_what_is_written_opens_in_transformers(dense_run, full_reward):
     places = {"policy": dense_run.folder / "ppo/policy", "value": dense_run.folder / "ppo/value", "reward": full_reward}
     for name, folder in places.items():
         llama.load_adapter(name, folder, head=name != "policy")
-        assert (folder / "tokenizer.model").exists()
+        assert (folder / "tokenizer.model").exists() and (folder / "template.txt").read_text() == llama_template(base)
     with torch.inference_mode():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(places["policy"], dtype=torch.float32)
         assert torch.allclose(theirs(tokens).logits, llama.logits(llama(tokens, "policy"), "policy"), atol=1e-4)
@@ -112,6 +112,10 @@ def test_what_is_written_opens_in_transformers(dense_run, full_reward):
             assert not said["missing_keys"] and not said["unexpected_keys"]
             ours = llama.scalar(llama(tokens[:, :-1], name), name)[0, -1]
             assert theirs(tokens[:, :-1]).logits.item() == pytest.approx(ours.item(), abs=1e-4)
+
+
+def llama_template(base):
+    return data.load_tokenizer(base).template
 
 
 def test_a_stopped_run_ends_with_the_same_bits(dense_run, tmp_path):

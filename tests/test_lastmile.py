@@ -729,6 +729,17 @@ def test_eval_needs_rouge_first(fresh_run, monkeypatch, capsys):
     assert not list(fresh_run.folder.glob("eval*"))
 
 
+def test_a_broken_bleurt_leaves_the_other_scores(fresh_run, monkeypatch, capsys):
+    """Whatever a BLEURT checkpoint does to its reader, with a message or without, ROUGE scores the predictions."""
+    for error in (KeyError(), ValueError(""), RuntimeError("out of memory\nat 0x1")):
+        monkeypatch.setattr(lastmile.evaluation, "bleurt", Mock(side_effect=error))
+        flags = ["--adapters", "base", "--test-examples", 2, "--max-new-tokens", 24, "--bleurt", "some/folder"]
+        assert fresh_run("eval", *flags, "--overwrite") == 0
+        scores = json.loads((fresh_run.folder / "eval/scores.json").read_text())
+        assert "la-rouge1-F1" in scores["base"] and "bleurt" not in scores["base"]
+        assert "bleurt: not computed (" in capsys.readouterr().err
+
+
 def test_an_adapter_keeps_its_prompt(fresh_run, tmp_path, capsys):
     """An adapter that answers another prompt than it learned gives worse outputs, and nothing shows it: every folder
     has its prompt, and what would use it with another is refused, with the flag that helps.
@@ -1049,6 +1060,8 @@ def test_the_command_for_a_missing_stage_is_whole():
     )
     flags = "--data 'my pairs.csv' --output-dir runs/my --model some/base --input-column q --target-column a"
     assert folders.command("mle", asked) == f"mle {flags}"
+    merged = settings_module.Eval(data="p.csv", output_dir="runs/p", model="runs/p/merge", delimiter=";")
+    assert folders.command("mle", merged) == "mle --data p.csv --output-dir runs/p --model runs/p/merge --delimiter ';'"
     toy = settings_module.Eval(data="toy", output_dir="runs/toy", model="runs/toy/base")
     assert folders.command("mle", toy) == "mle --data toy --output-dir runs/toy"
 

@@ -627,7 +627,9 @@ LAYOUTS = {
     "Meta's index beside": lambda folder: (
         split(folder), (folder / "consolidated.safetensors.index.json").write_text("{}")
     ),
-    "an adapter beside": lambda folder: beside(folder, "adapter_model.safetensors"),
+    "an adapter beside": lambda folder: (
+        beside(folder, "adapter_model.safetensors"), (folder / "adapter_config.json").write_text("{}")
+    ),
     "an adapter beside an odd name": lambda folder: (
         lone(folder, "x.safetensors"), beside(folder, "adapter_model.safetensors")
     ),

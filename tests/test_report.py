@@ -457,7 +457,7 @@ def init(**settings):
 
 
 def test_wandb_hears_every_step(fresh_run, tmp_path, monkeypatch):
-    """The numbers of metrics.jsonl, none more and none less; and they change no result."""
+    """The numbers of metrics.jsonl, and what the log cannot have, speed and memory; and they change no result."""
     (tmp_path / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(os.sys.modules, "wandb", raising=False)
@@ -469,7 +469,10 @@ def test_wandb_hears_every_step(fresh_run, tmp_path, monkeypatch):
     first, *steps, last = wandb.calls
     rows = [json.loads(line) for line in (fresh_run.folder / "mle" / "metrics.jsonl").read_text().splitlines()]
     assert first["name"] == "toy mle" and first["config"]["max_steps"] == 3 and last == "finish"
-    assert [{"step": step} | numbers for step, numbers in steps] == rows
+    for step, numbers in steps:
+        assert numbers.pop("tokens_per_second") > 0 and 0.1 < numbers.pop("peak_memory_gb") < 64
+        assert {"step": step} | numbers == rows[step]
+    assert len(steps) == len(rows)
     assert (fresh_run.folder / "mle" / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -496,3 +499,11 @@ def test_a_logger_that_is_not_there_is_said_first(fresh_run, value, said, monkey
     assert fresh_run("mle", "--report-to", value) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (fresh_run.folder / "mle.partial").exists()
+
+
+def test_validations_belong_to_steps_not_to_lines(tmp_path):
+    """A lone checkpoint's log begins late: what was validated after the eighth step is still in the line of step 7."""
+    (tmp_path / "validation.jsonl").write_text('{"step": 3, "val_loss": 1}\n{"step": 8, "val_loss": 2}\n')
+    lines = [{"step": 6}, {"step": 7}, {"step": 8}]
+    report_writer.add_validations(lines, tmp_path / "validation.jsonl")
+    assert lines == [{"step": 6}, {"step": 7, "val_loss": 2}, {"step": 8}]

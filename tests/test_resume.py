@@ -393,6 +393,16 @@ def test_resume_a_lone_checkpoint(train, interrupted, whole, tmp_path):
     assert (folder / "mle" / weights).read_bytes() == whole("mle")[weights]
 
 
+def test_a_log_that_cannot_be_read_is_no_obstacle(train, interrupted, whole):
+    """A power failure leaves zeros in a log: what is before them stays, and --overwrite needs none of it."""
+    for flag in ("--resume", "--overwrite"):
+        log = interrupted("mle") / "metrics.jsonl"
+        log.write_bytes(log.read_bytes() + b'\0\0\0{"step": 0}\n[]\n')
+        assert train("mle", flag) == 0
+        assert result(train.folder / "mle") == whole("mle")
+        shutil.rmtree(train.folder / "mle")
+
+
 def test_resume_from_before(train, interrupted, after, whole):
     """From the older of two checkpoints: the newer one, of a future taken back, is not what a later resume finds."""
     folder = interrupted("mle", 10)

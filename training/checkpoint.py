@@ -1,7 +1,8 @@
 """Checkpoints, and the fingerprint that a resumed run must share with them.
 
 Data order, negatives and sampling are pure functions of (seed, stream, step). Weights, AdamW's moments and the step
-number are therefore all that a checkpoint contains, and a resumed run ends with the same bits as one never stopped.
+number are therefore all that a checkpoint contains, with --keep best the best weights, too. A resumed run ends with the
+same bits as one never stopped.
 
     <stage>.partial/checkpoints/step-00000100/state.safetensors   tensors
                                               state.json          the step and the fingerprint

@@ -310,6 +310,14 @@ def choose_dtype(command, device, model):
     return "bfloat16" if size > LARGE_BASE or on_hub(model) else "float32"
 
 
+def be_deterministic():
+    """--deterministic: the same bits in every run on a GPU; before the first product, which cuBLAS prepares for."""
+    import torch
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 # What the reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.
 SHARED_WITH_REWARD = (
     "train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
@@ -380,6 +388,8 @@ def main(functions, arguments=None):
                 from speed.cpu import prefer_onednn
 
                 prefer_onednn()
+            if getattr(settings, "deterministic", False):
+                be_deterministic()
             ranks.start(command, asdict(settings))
             if command in ("sample", "report"):
                 functions[command](settings, text)

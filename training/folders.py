@@ -160,9 +160,10 @@ def require(folder, stage, settings):
 def command(stage, settings):
     """How to run another stage of the same run: on its data, in its folder, from its base."""
     words = [stage, "--data", settings.data, "--output-dir", settings.output_dir]
-    for name in ("model", "input_column", "target_column", "template"):
+    output = Path(settings.output_dir)
+    for name in ("model", "input_column", "target_column", "negative_column", "delimiter", "template"):
         value = getattr(settings, name, "")
-        implied = name == "model" and (value == LLAMA2 or Path(value).parent == Path(settings.output_dir))
+        implied = name == "model" and (value == LLAMA2 or Path(value) in (output / "base", output / "pretrain"))
         if value and not implied:
             words += ["--" + name.replace("_", "-"), value]
     return shlex.join(map(str, words))

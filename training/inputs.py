@@ -139,7 +139,7 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
 
 
 def without_contradictions(examples, split):
-    """The examples without bad outputs that are also a good output of the same input, counted aloud."""
+    """The examples without bad outputs that are also a good output of the same input; prints how many."""
     truths = {(example.source, example.target) for example in examples if example.label}
     kept = [e for e in examples if e.label or (e.source, e.target) not in truths]
     if len(kept) < len(examples):

@@ -12,7 +12,7 @@ def save_trained(settings, llama, tokenizer, name, folder):
         save_model(settings, llama.copies[name], tokenizer, folder)
     else:
         llama.save_adapter(name, folder, settings.model)
-        write_template(tokenizer, folder)
+    write_template(tokenizer, folder)
     write_card(settings, llama.folder, folder, name)
 
 

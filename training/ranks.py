@@ -16,7 +16,6 @@ In one process every function here returns at once what it was given. B rows of 
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import timedelta
 
 import torch
@@ -29,6 +28,7 @@ COMMANDS = ("pretrain", "reward", "mle", "ppo", "eval", "predict")  # those that
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 TIMEOUT = timedelta(minutes=10)  # for which a rank waits for another that is alive and silent
 FAILURE = "lastmile failure"  # the key under which the first rank to fail leaves its code and message
+DONE = "lastmile done"  # the key that says that the first rank has ended what it does alone
 
 
 class World:
@@ -115,7 +115,7 @@ def share(batch):
         return batch
     if world.idle:
         start, end = 0, 1
-    return type(batch)(*[getattr(batch, field.name)[start:end] for field in fields(batch)])
+    return batch[start:end]
 
 
 def whole(x, rows):
@@ -208,6 +208,21 @@ def most(x):
 def wait():
     """Until all ranks are here."""
     gather(None)
+
+
+def first_alone(work):
+    """Call work() on the first rank; the others wait for as long as it takes, which may be longer than TIMEOUT."""
+    if first():
+        work()
+    if world.size == 1:
+        return
+    with exchange():
+        if first():
+            world.store.set(DONE, "")
+        while not world.store.check([DONE]):
+            if world.store.check([FAILURE]):
+                raise LostRank("the first rank failed")
+            time.sleep(0.2)
 
 
 def agree(facts):

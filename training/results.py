@@ -64,10 +64,10 @@ def add_bleurt(settings, examples, columns, references):
     try:
         for name, metrics in examples.items():
             metrics["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
-    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: out of memory
+    except Exception as error:  # a damaged checkpoint, no memory left, …: the other scores must not be lost by it
         for metrics in examples.values():
             metrics.pop("bleurt", None)
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
         return f"not computed, {settings.bleurt} could not be used"
     return Path(settings.bleurt).name

@@ -47,6 +47,14 @@ def resident_memory():
     return pages * resource.getpagesize()
 
 
+def peak_memory(device):
+    """Bytes: the most that this process has held, on a GPU the most that its tensors have."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def return_free_memory():
     """Give the heap's free pages back to the system, once the process is large.
 
@@ -96,9 +104,6 @@ class Run:
         self.step = -1  # the current step
         self.stop = 0  # the number of the signal that asks the run to stop
         self.tokens = 0  # processed since the start
-        if settings.deterministic:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-            torch.use_deterministic_algorithms(True, warn_only=True)
         ranks.agree(self.facts)
         self.loggers = open_loggers(settings, stage) if ranks.first() else []
         self.first = self.restore() if ranks.first() else 0
@@ -204,18 +209,19 @@ class Run:
         done = self.step + 1 - self.first
         if done < 1:
             return
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if self.settings.device == "cuda":
-            peak = torch.cuda.max_memory_allocated()
         epoch = math.ceil(len(self.rows) / self.settings.batch_size)
         whole = ""
         if 0 < self.settings.max_steps < epoch:
             whole = f"; an epoch has {epoch} steps: about {seconds / done * epoch / 60:.1f} minutes"
         say(
             f"{self.stage}: {done} steps, {self.tokens} tokens, {self.tokens / seconds:.0f} tokens/s, "
-            f"{seconds / 60:.1f} minutes, peak memory {peak / 1e9:.2f} GB{whole}"
+            f"{seconds / 60:.1f} minutes, peak memory {peak_memory(self.settings.device) / 1e9:.2f} GB{whole}"
         )
+
+    def cost(self):
+        """What loggers get beside a step's numbers."""
+        per_second = self.tokens / (time.monotonic() - self.started)
+        return {"tokens_per_second": per_second, "peak_memory_gb": peak_memory(self.settings.device) / 1e9}
 
     def explain(self, error):
         """Write the ids of the batch whose loss was not finite, and add them to the error's message."""
@@ -321,8 +327,8 @@ class Run:
         self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
         with suppress(OSError):  # a full disk: the lines wait for the next call, and `save` reports it
             self.flush()
-            for write, _ in self.loggers:
-                write(step, {name: float(x) for name, x in numbers.items() if x is not None})
+            for write, _ in self.loggers:  # the log itself is the same in every run, and has no clock
+                write(step, {name: float(x) for name, x in (numbers | self.cost()).items() if x is not None})
         if step % self.settings.log_every == 0:
             self.show(numbers)
 
@@ -356,9 +362,16 @@ def cut_log(file, step):
     line.
     """
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = itertools.takewhile(lambda line: line.endswith(b"\n") and json.loads(line)["step"] < step, lines)
     if lines:
-        os.truncate(file, sum(map(len, kept)))
+        os.truncate(file, sum(map(len, itertools.takewhile(lambda line: is_before(line, step), lines))))
+
+
+def is_before(line, step):
+    """Whether a line of a log is whole and of an earlier step."""
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] < step
+    except (ValueError, LookupError, TypeError):  # a power failure leaves zeros
+        return False
 
 
 def open_loggers(settings, stage):
