@@ -675,7 +675,9 @@ def test_what_a_model_brings_travels(fresh_run, run_folder, trained, tmp_path):
     at = ["--output-dir", str(tmp_path / "new")]
     assert lastmile.main(["quantize", "--model", str(whole), "--calibration-examples", "8", *at]) == 0
     template = ["--template", str(prompt), *at]
-    assert lastmile.main(["merge", "--adapter", str(trained / "mle"), *template]) == 0
+    shutil.copytree(trained / "mle", tmp_path / "adapter")
+    shutil.copyfile(prompt, tmp_path / "adapter/template.txt")
+    assert lastmile.main(["merge", "--adapter", str(tmp_path / "adapter"), *template]) == 0
     for folder, own in ((tmp_path / "new/base", whole / "template.txt"), (tmp_path / "new/merge", prompt)):
         for name in [*COPIED, "tokenizer.model"]:
             if name == "generation_config.json":  # it said nothing of EOS: transformers would never stop
