@@ -43,7 +43,6 @@ REWARD, MLE, PPO = (f"--learning-rate {rate}" for rate in ("1e-3", "3e-3", "1e-3
 THREES = "--rows-per-prompt 3"  # the default when these rows were run; the later ones have all six
 SEEDS = (1, 2, 3)
 RATES = {"mle": ("3e-4", "1e-3", "3e-3"), "reward": ("3e-4", "1e-3"), "ppo": ("3e-4", "1e-3", "3e-3")}
-SIX = f"--reward {RUNS}/all-six-rows/reward"
 TUNED = {"reward": THREES, "ppo": f"--reward {RUNS}/tune-reward-1e-3/reward", "mle": ""}
 
 
@@ -91,7 +90,7 @@ ROWS = {
     "draw 5": drawn(5),
     "no EOS in labels": {"mle": f"{BASE} --seed 1 {TRAIN} {MLE} --no-eos-in-labels", "eval": judged("mle")},
     "init mle": changed(f"--init {RUNS}/seed-1/mle"),
-    "value warm-up": changed(f"{SIX} --value-warmup-steps 20", seed=3),
+    "value warm-up": changed("--value-warmup-steps 20", seed=3),
     "KL 0.05": changed("--kl-coef 0.05", seed=3),
     "rouge reward": {"ppo": f"{BASE} --seed 3 {TRAIN} {PPO} --reward rouge", "eval": judged("policy")},
     "span negatives": rewarded(f"{THREES} --hallucinations span"),
@@ -126,8 +125,10 @@ ROWS = {
 FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real", "policy samples": "all six rows"}
-OF_SEED_3 = "mle samples", "sequence level", "KL 0.05", "rouge reward", "1000 pairs", "float32", "all six rows"
-OF_ALL_SIX = "second policy", "2 rounds", "value warm-up"
+OF_SEED_3 = (
+    "mle samples", "sequence level", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32", "all six rows",
+)  # fmt: skip
+OF_ALL_SIX = "second policy", "2 rounds"
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
     "span negatives": "seed 1",
