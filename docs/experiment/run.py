@@ -126,7 +126,8 @@ FOLDER = {"quantize": "base"}
 PLACES = {"make real": MAKE_REAL}
 ADAPTERS_OF = {"make real, all test rows": "make real", "policy samples": "all six rows"}
 OF_SEED_3 = (
-    "mle samples", "sequence level", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32", "all six rows",
+    "mle samples", "sequence level", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32",
+    "all six rows",
 )  # fmt: skip
 OF_ALL_SIX = "second policy", "2 rounds"
 COMPARED = {  # with the outputs of which row
