@@ -221,7 +221,7 @@ def load_column(settings, llama, name, other="other"):
 def load_trained(llama, name, folder, head=False):
     """Load what a stage has saved, and refuse it where it has learned another prompt. head: as in load_adapter."""
     file = Path(folder) / "template.txt"
-    if file.is_file() and read_text(file, 1 << 16) != llama.template:
+    if llama.template and file.is_file() and read_text(file, 1 << 16) != llama.template:
         raise UserError(f"{folder}: trained with another prompt than this one; add --template {file}")
     llama.load_adapter(name, folder, head)
 
