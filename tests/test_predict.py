@@ -113,6 +113,8 @@ def test_killed_at_random_moments(predict, tmp_path):
     for _ in range(5):
         child = multiprocessing.get_context("fork").Process(target=slowly, args=(words,))
         child.start()
+        while not (tmp_path / "cut.jsonl").exists() and child.is_alive():
+            time.sleep(0.01)  # a busy machine may take seconds to come to the first batch
         time.sleep(0.3 + rng.random() / 2)  # a batch takes 0.2 s
         child.kill()
         child.join()
