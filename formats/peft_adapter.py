@@ -34,8 +34,8 @@ def write(module, name, folder, base_name, head=None, base_hash=""):
     tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
     layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
     targets = {path.rpartition(".")[2] for path, _ in layers}
-    if len(layers) < sum(path.rpartition(".")[2] in targets for path, _ in lora_layers(module)):
-        targets = {path for path, _ in layers}  # not every layer of these names has it
+    if any(path.rpartition(".")[2] in targets and name not in layer.lora_A for path, layer in lora_layers(module)):
+        targets = {path for path, _ in layers}  # a layer of one of these names does not have it
     r = layers[0][1].lora_A[name].shape[0]
     base, revision = str(base_name), None
     if "@" in base and not Path(base).is_dir():

@@ -219,7 +219,7 @@ class Run:
         )
 
     def cost(self):
-        """What loggers get beside a step's numbers."""
+        """Speed and memory so far: what loggers get beside a step's numbers."""
         per_second = self.tokens / (time.monotonic() - self.started)
         return {"tokens_per_second": per_second, "peak_memory_gb": peak_memory(self.settings.device) / 1e9}
 
@@ -341,7 +341,7 @@ class Run:
         """Update the progress bar."""
         shown = {name: f"{numbers[name]:.3g}" for name in self.bar_columns if numbers[name] is not None}
         shown |= {name: f"{value:.3g}" for name, value in self.validated.items() if "auc" not in name}
-        shown["tok/s"] = f"{self.tokens / (time.monotonic() - self.started):.0f}"
+        shown["tok/s"] = f"{self.cost()['tokens_per_second']:.0f}"
         if self.settings.device == "cuda":
             shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
         self.bar.set_postfix(shown)
