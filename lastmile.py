@@ -74,6 +74,7 @@ from training.inputs import (
 )
 from training.optimizer import Optimizer
 from training.outputs import save_model, save_trained
+from training.predictions import continued, depends_on
 from training.reward_report import reward_report
 from training.run import Run
 from training.terminal import progress, say
@@ -392,8 +393,11 @@ def evaluate(settings):
         warn_of_overlap(settings, rows)
         greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
+        inputs = [(row.id, row.source) for row in rows]
         for name, adapter in adapters.items():
+            facts = depends_on(settings, inputs, llama, tokenizer, name)
             sampler = ranks.sharded(partial(greedy, adapter=adapter))
+            sampler = continued(sampler, folder / "checkpoints" / f"{name}.jsonl", facts)
             bar = progress(f"eval {name}")
             predictions[name] = evaluation.predict(rows, sampler, settings.batch_size, tokenizer.decode, bar)
             results.write_predictions(folder / f"{name}.jsonl", rows, predictions[name])

@@ -731,6 +731,45 @@ def test_eval_needs_rouge_first(fresh_run, monkeypatch, capsys):
     assert not list(fresh_run.folder.glob("eval*"))
 
 
+def test_eval_continues_where_it_was_stopped(fresh_run, monkeypatch, capsys):
+    """Three columns of thousands of outputs are hours: what a stopped eval has sampled is not sampled again, the rest
+    is, with the same bytes at the end; a column whose adapter was trained anew begins anew.
+    """
+    flags = ["--adapters", "base,mle", "--test-examples", 5, "--max-new-tokens", 24, "--batch-size", 2]
+    assert fresh_run("mle", *SMALL, "--max-steps", 1) == 0
+    assert fresh_run("eval", *flags) == 0
+    whole = contents(fresh_run.folder / "eval")
+    partial, batches = fresh_run.folder / "eval.partial", []
+    sample = lastmile.model.sample
+
+    def stopped(*arguments, **named):
+        if len(batches) == stops:
+            raise KeyboardInterrupt
+        batches.append(named["adapter"])
+        return sample(*arguments, **named)
+
+    monkeypatch.setattr(lastmile.model, "sample", stopped)
+    shutil.rmtree(fresh_run.folder / "eval")
+    stops = 4  # of three batches a column
+    assert fresh_run("eval", *flags) == 130 and batches == [None] * 3 + ["mle"]
+    with open(partial / "checkpoints/mle.jsonl", "a", encoding="utf-8") as file:
+        file.write("[[3, 4")  # killed while it wrote
+    stops = 5
+    assert fresh_run("eval", *flags) == 130 and batches[4:] == ["mle"]
+    said = capsys.readouterr().out
+    assert "eval base: 3 batches of a run that was stopped are kept" in said and "eval mle: 1 batches" in said
+    stops = 99
+    assert fresh_run("eval", *flags) == 0 and batches[5:] == ["mle"]
+    assert contents(fresh_run.folder / "eval") == whole and not partial.exists()
+
+    shutil.rmtree(fresh_run.folder / "eval")
+    stops, batches[:] = 5, []
+    assert fresh_run("eval", *flags) == 130
+    assert fresh_run("mle", *SMALL, "--max-steps", 2, "--overwrite") == 0
+    stops, batches[:] = 99, []
+    assert fresh_run("eval", *flags) == 0 and batches == ["mle"] * 3
+
+
 def test_a_broken_bleurt_leaves_the_other_scores(fresh_run, monkeypatch, capsys):
     """Whatever a BLEURT checkpoint does to its reader, with a message or without, ROUGE scores the predictions."""
     for error in (KeyError(), ValueError(""), RuntimeError("out of memory\nat 0x1")):

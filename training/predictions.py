@@ -1,8 +1,10 @@
-"""A file of outputs that grows batch by batch and outlives its process.
+"""Outputs that are on the disk batch by batch and outlive their process: the file of `predict`, the columns of `eval`.
 
     OUT.jsonl                one line a row, in the order of the inputs: id, prediction, source; where the input is too
                              long for the model, prediction is null
     OUT.jsonl.settings.json  what the rows depend on: only the same inputs, model and settings continue a file
+
+    eval.partial/checkpoints/mle.jsonl   what its responses depend on, then one line a batch, until eval is finished
 
 A batch is appended and synced as a whole. A run that was killed is continued at the last whole batch, so that its
 batches, and with them the last bits of its logits, are those of a run never stopped.
@@ -18,9 +20,11 @@ import torch
 
 from data import stream_seed
 from formats.errors import UserError
+from training import ranks
 from training.checkpoint import adapter_hash
 from training.files import sync, write_json
 from training.inputs import adapter_folder
+from training.terminal import say
 
 
 def row_uniform(settings, rows):
@@ -45,7 +49,7 @@ class Predictions:
         if self.path.suffix != ".jsonl":
             raise UserError(f"--output {self.path}: is written as JSON lines; give it a name that ends in .jsonl")
         beside = self.path.with_name(f"{self.path.name}.settings.json")
-        facts = depends_on(settings, inputs, llama, tokenizer)
+        facts = depends_on(settings, inputs, llama, tokenizer, settings.adapter)
         self.done = kept = 0
         if self.path.exists():
             check_own(self.path, beside, facts)
@@ -77,25 +81,75 @@ class Predictions:
             id, source = self.inputs[i]
             line = {"id": id, "prediction": texts.get(i), "source": source}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        content = "".join(lines).encode()
-        while content:
-            content = content[os.write(self.handle, content) :]
-        os.fsync(self.handle)
+        write(self.handle, "".join(lines))
 
     def close(self):
         os.close(self.handle)
 
 
-def depends_on(settings, inputs, llama, tokenizer):
-    """{name: value} of all that the outputs depend on."""
+def continued(sample, file, facts):
+    """A sampler that writes the responses of each batch to a file, and begins with those that it finds there.
+
+    sample: list of prompts -> list of responses. The file is begun anew where its first line is not these facts.
+    """
+    kept = ranks.from_first(read_kept(file, facts) if ranks.first() else None)
+    if kept:
+        say(f"eval {file.stem}: {len(kept)} batches of a run that was stopped are kept")
+
+    def sample_or_take(prompts):
+        if kept:
+            return kept.pop(0)
+        responses = sample(prompts)
+        if ranks.first():
+            append(file, responses)
+        return responses
+
+    return sample_or_take
+
+
+def read_kept(file, facts):
+    """The responses of the batches that a file has, a half line cut off; new facts begin it anew."""
+    first = (json.dumps(facts) + "\n").encode()
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if lines[:1] != [first]:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(first)
+        return []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    os.truncate(file, sum(map(len, whole)))
+    return [json.loads(line) for line in whole[1:]]
+
+
+def append(file, thing):
+    """Append a thing to a file, as a line of JSON."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND)
+    try:
+        write(handle, json.dumps(thing) + "\n")
+    finally:
+        os.close(handle)
+
+
+def write(handle, text):
+    """Write a text to an open file and wait until it is on the disk."""
+    content = text.encode()
+    while content:
+        content = content[os.write(handle, content) :]
+    os.fsync(handle)
+
+
+def depends_on(settings, inputs, llama, tokenizer, adapter):
+    """{name: value} of all that the outputs for inputs, a list of (id, source), depend on; adapter: base, mle, ….
+
+    eval is greedy and has no temperature, top_k and top_p.
+    """
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype", "device")
-    facts = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names}
+    facts = {f"--{name.replace('_', '-')}": getattr(settings, name) for name in names if hasattr(settings, name)}
     facts["the inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     facts["the model"] = llama.hash
     facts["the template"] = tokenizer.template
     facts["the adapter"] = "none"
-    if settings.adapter != "base":
-        facts["the adapter"] = adapter_hash(adapter_folder(settings, settings.adapter))
+    if adapter != "base":
+        facts["the adapter"] = adapter_hash(adapter_folder(settings, adapter))
     return facts
 
 
