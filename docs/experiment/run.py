@@ -50,19 +50,24 @@ def judged(adapters, base=BASE, count=300):
     return f"{base} --bleurt none --test-examples {count} --adapters {adapters}"
 
 
-def against(seed):
-    return f"--reward {RUNS}/seed-{seed}/reward"
+def own_folder(row):
+    return RUNS / row.replace(" ", "-")
 
 
-def changed(flags, seed=1):
-    """PPO as in the row `seed 1` (or another), but for the flags, of which the last counts."""
-    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {against(seed)} {PPO} {flags}", "eval": judged("policy")}
+def against(row):
+    return f"--reward {own_folder(row)}/reward"
+
+
+def changed(flags, seed=1, reward=None):
+    """PPO as in the row `seed 1` (or another), but for the flags; reward: the row whose reward model it is against."""
+    reward = against(reward or f"seed {seed}")
+    return {"ppo": f"{BASE} --seed {seed} {TRAIN} {reward} {PPO} {flags}", "eval": judged("policy")}
 
 
 def drawn(seed):
     """MLE, and PPO against the reward model of the row `seed 1`, by another seed: pairs, their order, samples."""
     common = f"{BASE} --seed {seed} {TRAIN}"
-    return {"mle": f"{common} {MLE}", "ppo": f"{common} {against(1)} {PPO}", "eval": judged("mle,policy")}
+    return {"mle": f"{common} {MLE}", "ppo": f"{common} {against('seed 1')} {PPO}", "eval": judged("mle,policy")}
 
 
 def rewarded(flags, seed=1):
@@ -101,6 +106,9 @@ ROWS = {
         "eval": f"{judged('mle')} --dtype float32",
     },
     "all six rows": rewarded("", seed=3),
+    "all six rows seed 1": rewarded(""),
+    "2 rounds seed 1": rewarded("--rounds 2"),
+    "all six rows value warm-up": changed("--value-warmup-steps 20", seed=3, reward="all six rows"),
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples mle",
@@ -108,7 +116,7 @@ ROWS = {
         "eval": judged("policy"),
     },
     "policy samples": {"reward": f"{BASE} --seed 3 {TRAIN} {REWARD} --samples policy"},
-    "second policy": changed(f"--reward {RUNS}/policy-samples/reward", seed=3),
+    "second policy": changed("", seed=3, reward="policy samples"),
     "1000 pairs": {
         "reward": f"{BASE} --seed 3 --train-examples 1000 {REWARD} {THREES}",
         "mle": f"{BASE} --seed 3 --train-examples 1000 {MLE}",
@@ -129,18 +137,20 @@ OF_SEED_3 = (
     "mle samples", "sequence level", "value warm-up", "KL 0.05", "rouge reward", "1000 pairs", "float32",
     "all six rows",
 )  # fmt: skip
-OF_ALL_SIX = "second policy", "2 rounds"
+OF_ALL_SIX = "second policy", "2 rounds", "all six rows value warm-up"
 COMPARED = {  # with the outputs of which row
     **dict.fromkeys(("no EOS in labels", "init mle"), "first seed 1"),  # an earlier run of `seed 1`, see the page
     "span negatives": "seed 1",
     **dict.fromkeys(OF_SEED_3, "seed 3"),
     **dict.fromkeys(OF_ALL_SIX, "all six rows"),
+    "all six rows seed 1": "seed 1",
+    "2 rounds seed 1": "all six rows seed 1",
 }
 REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
 
 
 def folder_of(row):
-    return PLACES.get(row, RUNS / row.replace(" ", "-"))
+    return PLACES.get(row) or own_folder(row)
 
 
 def run(row):

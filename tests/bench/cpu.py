@@ -247,6 +247,7 @@ def in_child_peak(run):
     reader, writer = multiprocessing.Pipe(False)
 
     def child():
+        torch.set_num_threads(1)  # a fork has none of its parent's other threads, and would wait for them
         before, _ = common.rss()
         run()
         writer.send(common.rss()[1] - before)
