@@ -753,7 +753,7 @@ def test_eval_continues_where_it_was_stopped(fresh_run, monkeypatch, capsys):
     stops = 4  # of three batches a column
     assert fresh_run("eval", *flags) == 130 and batches == [None] * 3 + ["mle"]
     with open(partial / "checkpoints/mle.jsonl", "a", encoding="utf-8") as file:
-        file.write("[[3, 4")  # killed while it wrote
+        file.write("\0\0\n[[3, 4")  # killed while it wrote, after a power failure
     stops = 5
     assert fresh_run("eval", *flags) == 130 and batches[4:] == ["mle"]
     said = capsys.readouterr().out

@@ -12,6 +12,7 @@ batches, and with them the last bits of its logits, are those of a run never sto
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -108,16 +109,24 @@ def continued(sample, file, facts):
 
 
 def read_kept(file, facts):
-    """The responses of the batches that a file has, a half line cut off; new facts begin it anew."""
+    """The responses of the batches that a file has, what is no whole line cut off; new facts begin it anew."""
     first = (json.dumps(facts) + "\n").encode()
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     if lines[:1] != [first]:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(first)
         return []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    os.truncate(file, sum(map(len, whole)))
-    return [json.loads(line) for line in whole[1:]]
+    whole = list(itertools.takewhile(is_batch, lines[1:]))
+    os.truncate(file, len(first) + sum(map(len, whole)))
+    return [json.loads(line) for line in whole]
+
+
+def is_batch(line):
+    """Whether a line is whole: a kill leaves half of one, a power failure zeros."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), list)
+    except ValueError:
+        return False
 
 
 def append(file, thing):
