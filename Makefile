@@ -9,7 +9,7 @@
 # the command line, not to those that are built on the way.
 
 DATA  ?= toy
-OUT   ?= runs/$(basename $(notdir $(DATA)))
+OUT   ?= runs/$(basename $(notdir $(DATA:%/=%)))
 MODEL ?= $(if $(filter toy,$(DATA)),$(OUT)/base)
 FLAGS ?=
 PYTHON ?= python3

@@ -247,6 +247,8 @@ def triton_matmul(x, tiles):
     if tiles.gather:
         x = x.index_select(1, tiles.order)
     BLOCK_M, BLOCK_N, warps, stages = next((config for config in CONFIGS if config[0] >= M), CONFIGS[-1])
+    if x.dtype == torch.float32:
+        stages = min(stages, 2)  # twice the size: three would not fit the 99 KB that a block has on an RTX 3090 or 4090
     grid = P // BLOCK_N, triton.cdiv(M, BLOCK_M)
     S = max(1, min(PROGRAMS // (grid[0] * grid[1]), T // 2, 16))  # two tiles at least: one loads, one is computed
     parts = torch.empty(S, M, N, dtype=x.dtype if S == 1 else torch.float32, device=x.device)

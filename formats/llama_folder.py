@@ -269,7 +269,7 @@ NOT_COPIED = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack", ".py",
     ".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".jsonl", ".sha256",
 )  # fmt: skip
-WRITTEN_AGAIN = ("config.json", "settings.json", "quantize_config.json", "quant_config.json")
+WRITTEN_AGAIN = ("config.json", "settings.json", "heldout.json", "quantize_config.json", "quant_config.json")
 DOCUMENTS = ("readme", "adapter_", "consolidated", ".")
 
 

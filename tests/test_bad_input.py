@@ -74,6 +74,9 @@ MLE = "mle --model BASE --data DATA --max-steps 1"
 PPO = "ppo --model BASE --data DATA --max-steps 1 --reward REWARD"
 CASES = [  # group, what is spoiled, the command, what the line must say
     (1, None, "mle --lerning-rate 1", "did you mean --learning-rate?"),
+    (1, None, "eval --resume", "unrecognized arguments: --resume; other commands have it"),
+    (3, None, "sample hi --model BASE --top-k 5", "--temperature is 0; add --temperature 1"),
+    (10, None, "quantize --data DATA", "quantize: which model?"),
     (2, None, "mle --learning-rate nan", "--learning-rate: nan is out of range: must be finite and above 0"),
     (2, None, "mle --learning-rate inf", "out of range"),
     (2, None, "mle --learning-rate=-1", "-1 is out of range"),

@@ -1,6 +1,7 @@
 """--tune full: every weight trains, through the same loops, and each stage writes a whole model."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -168,6 +169,24 @@ def test_dry_run_counts_all_weights(dense_run, capsys):
     C, V = llama.config.hidden_size, llama.config.vocab_size
     assert f"{2 * n - V * C + C:,} parameters" in said  # the value has a head of C in place of the language head
     assert "gradients and AdamW" in said
+
+
+def test_dry_run_counts_a_reward_model_that_is_not_there_yet(dense_run, full_reward, capsys):
+    """It will be a whole model, too: the weights in the plan are those of the run after it."""
+    found = []
+    for flags in ([], ["--reward", full_reward]):
+        assert dense_run("ppo", *SMALL, *flags, "--dry-run") == 0
+        found.append(re.search(r"weights .*", capsys.readouterr().out)[0])
+    assert found[0] == found[1]
+
+
+def test_a_reward_model_from_another_has_its_own_report(dense_run, full_reward):
+    """What stands beside the weights of --init is copied, but for the AUCs, which the card and the report page show."""
+    assert dense_run("reward", *SMALL, "--init", full_reward, "--eval-examples", 4) == 0
+    of_first, own = (
+        json.loads((folder / "heldout.json").read_text()) for folder in (full_reward, dense_run.folder / "reward")
+    )
+    assert own.keys() == of_first.keys() and own != of_first
 
 
 def test_bad_uses_are_one_line(dense_run, fresh_run, full_reward, reward, capsys):

@@ -273,6 +273,36 @@ def test_init_mle(fresh_run, reward):
     assert all(torch.allclose(mle[name], policy[name], atol=1e-9) for name in mle)
 
 
+def test_init_keeps_its_rank(fresh_run, tmp_path, capsys):
+    """An adapter that --init names has a rank and layers already: flags that ask for others are said to do nothing, and
+    the card does not claim them. A new value takes them.
+    """
+    assert fresh_run("mle", *SMALL, "--lora-r", 4) == 0
+    shutil.move(fresh_run.folder / "mle", tmp_path / "first")
+    flags = ["--init", tmp_path / "first", "--lora-r", 8, "--lora-targets", "q_proj"]
+    assert fresh_run("mle", *SMALL, *flags) == 0
+    assert (
+        "mle keeps its rank, alpha and targets; without effect on it: --lora-r, --lora-targets"
+        in capsys.readouterr().err
+    )
+    assert json.loads((fresh_run.folder / "mle/adapter_config.json").read_text())["r"] == 4
+    assert "--lora-r" not in (fresh_run.folder / "mle/README.md").read_text()
+    assert fresh_run("ppo", *SMALL, "--reward", "rouge", *flags) == 0
+    ranks_of = {
+        name: json.loads((fresh_run.folder / f"ppo/{name}/adapter_config.json").read_text())["r"]
+        for name in ("policy", "value")
+    }
+    assert ranks_of == {"policy": 4, "value": 8}
+    assert "| --lora-r | 8 |" in (fresh_run.folder / "ppo/value/README.md").read_text()
+
+
+def test_no_git(fresh_run, monkeypatch):
+    """A slim container has no git; hours of training must not end at the question which commit this is."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert fresh_run("mle", *SMALL) == 0
+    assert json.loads((fresh_run.folder / "mle/config.json").read_text())["commit"] == "unknown"
+
+
 def test_no_eos_in_labels(fresh_run, monkeypatch):
     """The paper's XSum control likely never learned to stop; the flag brings that about: no batch holds an EOS."""
     seen = []

@@ -34,6 +34,15 @@ def finished(tmp_path):
     return tmp_path / "toy"
 
 
+def test_a_slash_after_the_data(tmp_path):
+    """The shell's completion ends a folder by a slash: each data set must still get a run of its own."""
+    for data in ("mydata", "mydata/", "some/mydata/", "mydata.jsonl"):
+        command = ["make", "-n", "--no-print-directory", "mle", f"DATA={data}"]
+        done = subprocess.run(command, cwd=folders.ROOT, capture_output=True, text=True, check=True)
+        assert "--output-dir runs/mydata" in done.stdout.replace("\n", " "), done.stdout
+        assert "--output-dir runs/ " not in done.stdout
+
+
 def commands(target, run, *variables):
     """The stages that make would run for a target, in order."""
     command = ["make", "-n", "--no-print-directory", target, f"OUT={run}", *variables]

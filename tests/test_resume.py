@@ -6,6 +6,7 @@ start it from a `Worker`, which imports torch once and forks for every command l
 
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -769,6 +770,13 @@ def test_a_signal_when_nobody_reads(train, after, monkeypatch):
     monkeypatch.setattr(os, "write", closed)
     after({5: terminate})
     assert train("mle") == 143 and saved(train.folder, "mle") == [3, 5]
+
+
+def test_a_terminal_that_lacks_a_letter():
+    """A Latin-1 or ASCII terminal has no place for every letter of a model's output, or for the ± of the tables."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    terminal.Stream(stream).write("0.36 \u00b1 0.02, \u20ac 5\n")
+    assert stream.buffer.getvalue() == rb"0.36 \xb1 0.02, \u20ac 5" + b"\n"
 
 
 def test_no_library_swallows_a_signal():

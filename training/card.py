@@ -11,7 +11,7 @@ from formats.model_card import card, license_of
 from formats.tables import PRESETS
 from training.command_line import flag
 from training.folders import commit
-from training.settings import result_settings
+from training.settings import LORA, result_settings
 
 SHOWN = ("la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rouge1-F1", "excess_length")
 
@@ -27,14 +27,16 @@ def write_card(settings, base_folder, folder, kind):
     data = [preset.repo if preset else Path(settings.data).name]
     text = card(
         Path(settings.push).name if settings.push else kind, kind, base, license_of(base_folder), data,
-        changed(settings), commit(), scores(settings, folder, kind), whole=is_model(folder),
+        changed(settings, kind), commit(), scores(settings, folder, kind), whole=is_model(folder),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def changed(settings):
+def changed(settings, kind):
     """{flag: value} of the settings that change a result and are not the defaults."""
     values = result_settings(settings)
+    if getattr(settings, "init", "base") != "base" and kind != "value":  # an adapter that --init names keeps its own
+        values = {name: value for name, value in values.items() if name not in LORA}
     return {
         flag(f): values[f.name]
         for f in fields(settings)

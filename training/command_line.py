@@ -30,7 +30,7 @@ from training.terminal import LostRank, Stopped, Stream, say, visible
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
 LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
-RESUME = "if training had started, add --resume to continue it"
+RESUME = "if training had started, add --resume to continue it; eval and predict continue when called again"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             flags = {flag(f) for settings in COMMANDS.values() for f in fields(settings)}
-            message += did_you_mean(unknown[1], flags)
+            message += "; other commands have it" if unknown[1] in flags else did_you_mean(unknown[1], flags)
         self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
 
 
@@ -257,6 +257,8 @@ def resolve(command, given):
     check_loggers(getattr(s, "report_to", ""))
     if getattr(s, "keep", "last") == "best" and not s.eval_every:
         raise UserError("--keep best: which is best is not known without validation; add --eval-every N")
+    if getattr(s, "temperature", 1) == 0 and (s.top_k or s.top_p < 1):
+        raise UserError("--top-k and --top-p choose among samples, and --temperature is 0; add --temperature 1")
     found["device"] = choose_device(s.device)
     found["dtype"] = s.dtype
     if s.dtype == "auto":
@@ -265,9 +267,13 @@ def resolve(command, given):
 
 
 def default_model(command, data, output):
-    """The base of the run's folder, where there is one or the data are the toy; else the paper's."""
+    """The base of the run's folder, where there is one or the data are the toy; else the paper's, which is 4-bit."""
     base = output / ("pretrain" if command == "quantize" else "base")
-    return str(base) if data == "toy" or base.exists() else LLAMA2
+    if data == "toy" or base.exists():
+        return str(base)
+    if command == "quantize":
+        raise UserError("quantize: which model? name an fp16 or fp32 one: --model FOLDER, or OWNER/NAME of the Hub")
+    return LLAMA2
 
 
 def check_loggers(report_to):
@@ -352,8 +358,8 @@ def diagnosis(error):
         return None, f"another rank has ended without a word, or was silent for too long; {RESUME} ({error})"
     if isinstance(error, MemoryError) or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.I):
         return 4, (
-            "out of memory; a smaller --micro-batch-size changes no result, a smaller --batch-size, "
-            "--max-input-tokens or --max-new-tokens does; --dry-run estimates the need"
+            "out of memory; in a training, --grad-checkpoint or a smaller --micro-batch-size changes no result; a "
+            "smaller --batch-size, --max-input-tokens or --max-new-tokens does; --dry-run estimates the need"
         )
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else error

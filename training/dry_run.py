@@ -31,7 +31,7 @@ def dry_run(settings, llama, rows=(), trained=(), has_logits=True, samples=False
     sampled. extra: {what: bytes} of what only this stage needs.
     """
     learning = trained_parameters(llama, trained)
-    memory = process_memory(settings, rows, samples) | base_memory(settings, llama, trained) | dict(extra)
+    memory = process_memory(settings, rows, samples) | base_memory(settings, llama) | dict(extra)
     if learning:
         memory |= training_memory(settings, llama, rows, trained, learning, has_logits)
     elif rows and samples:
@@ -96,7 +96,7 @@ def packed_sizes(llama):
     return [layer.in_features * layer.out_features for layer in llama.modules() if hasattr(layer, "qweight")]
 
 
-def base_memory(settings, llama, trained):
+def base_memory(settings, llama):
     """{what: bytes} of the model alone."""
     itemsize = getattr(torch, settings.dtype).itemsize
     packed = packed_sizes(llama)

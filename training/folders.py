@@ -144,9 +144,12 @@ def locked(folder):
 
 
 def commit():
-    """The git commit of this checkout, with a + where files differ from it; "unknown" outside of git."""
+    """The git commit of this checkout, with a + where files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty=+"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # this machine has no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 

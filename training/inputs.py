@@ -1,6 +1,7 @@
 """What a stage works on: the base with its tokenizer, the rows of a split, and the adapters of other stages."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from formats.tables import PRESETS
 from training.checkpoint import adapter_hash, model_hash
 from training.files import digest
 from training.folders import require, settings_file
-from training.settings import Reward
+from training.settings import LORA, Reward
 from training.terminal import say, warn
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt", "README.md"]
@@ -262,6 +263,9 @@ def start_adapter(settings, llama, name, stream, head=None):
     if not is_model(folder) and settings.tune == "full":
         raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
     load_trained(llama, name, folder, head=head is not None)
+    if kept := [f.name for f in fields(settings) if f.name in LORA and getattr(settings, f.name) != f.default]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
+        warn(f"--init {settings.init}: {name} keeps its rank, alpha and targets; without effect on it: {flags}")
     return {"init adapter": adapter_hash(folder)}
 
 
@@ -288,7 +292,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
         return score, {"reward function": f"{settings.reward} {digest(file) if file else ''}"}
     folder = Path(settings.reward)
     if not folder.exists():  # a dry run, before there is a reward model
-        new_adapter(Reward(seed=settings.seed), llama, "reward", "reward", head="normal")
+        new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
         return None, {}
     level = reward_level(folder)
     load_trained(llama, "reward", folder, head=True)

@@ -72,7 +72,7 @@ class Optimizer:
         for name, tensor in tensors.items():
             key, _, i = name.rpartition(".")
             if key == "weight":
-                self.parameters[int(i)].data.copy_(tensor)
+                self.parameters[int(i)].detach().copy_(tensor)
             else:
                 state.setdefault(int(i), {})[key] = tensor
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})

@@ -91,7 +91,7 @@ class Predictions:
 def continued(sample, file, facts):
     """A sampler that writes the responses of each batch to a file, and begins with those that it finds there.
 
-    sample: list of prompts -> list of responses. The file is begun anew where its first line is not these facts.
+    sample: list of prompts -> list of responses. A file whose first line is not these facts starts from the beginning.
     """
     kept = ranks.from_first(read_kept(file, facts) if ranks.first() else None)
     if kept:
@@ -109,7 +109,7 @@ def continued(sample, file, facts):
 
 
 def read_kept(file, facts):
-    """The responses of the batches that a file has, what is no whole line cut off; new facts begin it anew."""
+    """The responses of the batches that a file has; incomplete lines are removed from it, and all if facts differ."""
     first = (json.dumps(facts) + "\n").encode()
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     if lines[:1] != [first]:

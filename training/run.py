@@ -154,15 +154,17 @@ class Run:
             self.optimizer.restore(tensors)
         except UserError as error:
             raise UserError(f"{place}: {error}; name another checkpoint, or start again with --overwrite") from None
-        with suppress(shutil.SameFileError, FileNotFoundError):  # --resume PATH may name another run's checkpoint
-            for name in ("metrics.jsonl", "validation.jsonl"):
+        for name in ("metrics.jsonl", "validation.jsonl"):  # --resume PATH may name another run's checkpoint
+            with suppress(shutil.SameFileError, FileNotFoundError):
                 shutil.copyfile(place.parents[1] / name, self.folder / name)
         say(f"{self.stage}: resumes from {place}")
         return step
 
     def take_over(self):
         """Give all ranks what the first has restored."""
-        state = self.optimizer.state() if self.first and ranks.first() and ranks.world.size > 1 else None
+        state = None
+        if self.first and ranks.first() and ranks.world.size > 1:  # on the CPU: else every rank's copy goes to this GPU
+            state = {name: tensor.cpu() for name, tensor in self.optimizer.state().items()}
         self.first, self.best, state = ranks.from_first((self.first, self.best, state))
         if state and not ranks.first():
             self.optimizer.restore(state)
@@ -198,7 +200,7 @@ class Run:
         if kind is None and self.best:
             value, step, tensors = self.best
             for parameter, tensor in zip(self.optimizer.parameters, tensors, strict=True):
-                parameter.data.copy_(tensor)
+                parameter.detach().copy_(tensor)
             say(f"{self.stage}: keeps step {step}, the best validation ({BEST[self.stage][0]} {value:.4g})")
         if self.stop and kind is None:  # the signal came after the last step
             raise Stopped(self.stop)

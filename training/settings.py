@@ -20,6 +20,9 @@ def opt(default, help, toy=None, least=None, above=None, most=None, choices=None
     return field(default=default, metadata=metadata)
 
 
+LORA = ("lora_r", "lora_alpha", "lora_targets")  # the settings of a new adapter
+
+
 def result_settings(settings):
     """{name: value} of the settings that can change a result. Paths are not among them: what they contain is hashed."""
     values = asdict(settings)
@@ -41,7 +44,8 @@ class Common:
     )
     model: str = opt(
         "",
-        f"base model: a folder, or OWNER/NAME[@REVISION] of the Hub [<output-dir>/base if there is one, else {LLAMA2}]",
+        f"base model: a folder, or OWNER/NAME[@REVISION] of the Hub [<output-dir>/base if there is one, else {LLAMA2}; "
+        "quantize: <output-dir>/pretrain]",
         result=False,
     )
     template: str = opt(
@@ -59,7 +63,9 @@ class Common:
     delimiter: str = opt(
         "", "what separates the cells of a .csv file, \\t for a tab [found in its header]", result=False
     )
-    max_input_tokens: int = opt(400, "drop longer inputs; counts BOS, template and text (P 4.2)", least=1)
+    max_input_tokens: int = opt(
+        400, "in training and eval: drop longer inputs; BOS and template count (P 4.2)", least=1
+    )
     max_new_tokens: int = opt(100, "cap on output tokens, EOS counted (P 4.2)", least=1)
     seed: int = opt(1337, "seed of data order, negatives, adapters and sampling", least=0)
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
@@ -185,7 +191,9 @@ class Reward(Training):
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
     eval_examples: int = opt(200, "validation examples in the held-out report", least=2)
     share_prompts: bool = opt(
-        True, "pass over a prompt once for all rows that have it: the same scores, less work; off: row by row"
+        True,
+        "batches of rows with one prompt, computed once for all of them; off: rows shuffled singly, without "
+        "--rows-per-prompt (docs/speed.md)",
     )
     rows_per_prompt: int = opt(
         0,

@@ -28,7 +28,9 @@ class Shown:
 
 
 class Stream:
-    """Standard output or error. The work continues where nobody reads it (any more), or its disk is full."""
+    """Standard output or error. The work continues where nobody reads it (any more), or its disk is full, and what its
+    encoding lacks is written out: \\xb1 for a plus-minus sign.
+    """
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -37,8 +39,9 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with suppress(OSError):
-            self.stream.write(text)
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self.stream.flush()
 
     def flush(self):
