@@ -109,6 +109,9 @@ ROWS = {
     "all six rows seed 1": rewarded(""),
     "2 rounds seed 1": rewarded("--rounds 2"),
     "all six rows value warm-up": changed("--value-warmup-steps 20", seed=3, reward="all six rows"),
+    "all six rows keep best": changed(
+        "--eval-every 10 --eval-examples 50 --keep best", seed=1, reward="all six rows seed 1"
+    ),
     "mle samples": {
         "mle": f"{BASE} --seed 3 {TRAIN} {MLE}",
         "reward": f"{BASE} --seed 3 {TRAIN} {REWARD} {THREES} --samples mle",
@@ -144,7 +147,7 @@ COMPARED = {  # with the outputs of which row
     **dict.fromkeys(OF_SEED_3, "seed 3"),
     **dict.fromkeys(OF_ALL_SIX, "all six rows"),
     "all six rows seed 1": "seed 1",
-    "2 rounds seed 1": "all six rows seed 1",
+    **dict.fromkeys(("2 rounds seed 1", "all six rows keep best"), "all six rows seed 1"),
 }
 REPEATS = "seed 1", "seed 2", "seed 3", "make real", "draw 4", "draw 5", "first seed 1"  # the same but for chance
 
