@@ -6,16 +6,20 @@ Contestants take turns; medians and quartiles of up to 20 laps; times are betwee
 graph. Correctness is asserted before anything is timed.
 
     python3 tests/bench/gpu.py --output-dir "$OUT"          9 minutes at most; needs the checkout, torch and triton
-    TRITON_INTERPRET=1 python tests/bench/gpu.py --tiny     every line of it without a GPU; its numbers mean nothing
+    python tests/bench/gpu.py --tiny                        every line of it without a GPU; its numbers mean nothing
 """
 
 import argparse
 import gc
+import os
 import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
+
+if "--tiny" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on a CPU
 
 import common
 import gpu_kernels

@@ -8,7 +8,7 @@
 OUT/gpu-check.json is written after each part, so that a call cut short has written something.
 
     python3 tests/bench/gpu_check.py --output-dir OUT
-    TRITON_INTERPRET=1 python tests/bench/gpu_check.py --output-dir OUT --tiny     every line of it without a GPU
+    make gpu FLAGS="--tiny --output-dir OUT"           every line of it without a GPU
 """
 
 import argparse
