@@ -13,7 +13,6 @@ import difflib
 import errno
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
@@ -29,6 +28,7 @@ from training.terminal import LostRank, Stopped, Stream, say, visible
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
+LARGEST = 1e30  # of a setting without a limit of its own: fp32 holds it
 LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
 RESUME = "if training had started, add --resume to continue it; eval and predict continue when called again"
 
@@ -58,14 +58,14 @@ def did_you_mean(name, known):
 
 
 def out_of_range(field, value):
-    """What is wrong with a setting's value, or "": it must be finite, within its limits, and one of its choices."""
+    """What is wrong with a setting's value, or "": it must be within its limits, and one of its choices."""
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
         return f"not one of {', '.join(limits['choices'])}"
     if field.type in (str, bool):
         return "text that contains a NUL" if "\0" in str(value) else ""
-    wanted = ["finite"]
-    inside = math.isfinite(value)
+    inside = -LARGEST <= value <= LARGEST  # not so for nan
+    wanted = [] if inside else [f"between {-LARGEST} and {LARGEST}"]
     if limits["least"] is not None:
         wanted.append(f"at least {limits['least']}")
         inside = inside and value >= limits["least"]
@@ -75,7 +75,7 @@ def out_of_range(field, value):
     if limits["most"] is not None:
         wanted.append(f"at most {limits['most']}")
         inside = inside and value <= limits["most"]
-    return "" if inside else f"out of range: must be {', '.join(wanted[:-1])} and {wanted[-1]}"
+    return "" if inside else f"out of range: must be {' and '.join(wanted)}"
 
 
 def converter(field):
