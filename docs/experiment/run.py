@@ -220,6 +220,8 @@ def collect():
             one["heldout"] = json.loads(file.read_text())
         if (file := place / "ppo" / "metrics.jsonl").exists():
             one["ppo"] = course([json.loads(line) for line in file.read_text().splitlines()])
+        if (file := place / "ppo" / "validation.jsonl").exists():
+            one["validation"] = [json.loads(line) for line in file.read_text().splitlines()]
         if (place / "eval").exists():
             names = "scores", "intervals", "facts"
             one |= dict(zip(names, results.read_scores(place / "eval")[0], strict=True))
