@@ -108,28 +108,32 @@ TEMPLATES = {
     "plain": ("{source}\n\nSummary:\n", ""),
 }
 
+MARKS = {"llama3": "<|start_header_id|>", "chatml": "<|im_start|>", "llama2": "[INST]"}  # what only that one has
+
 # What `pretrain` gives its small models, whose time would otherwise go into reading the same 98 tokens again and again.
 SHORT_TEMPLATE = "[INST] {source} [/INST]"
 
 
-def default_template(folder, controls):
-    """The template of a model folder: its template.txt, or the one whose control tokens its tokenizer has."""
+def default_template(folder, controls, chat_template=""):
+    """The template of a model folder: its template.txt, or the one whose control tokens its tokenizer has; where it has
+    those of two (ChatML learned by a Llama 3), the one whose tokens its own chat template has.
+    """
     if (folder / "template.txt").is_file():
         return folder / "template.txt"
-    if "<|start_header_id|>" in controls:
-        return "llama3"
-    return "chatml" if "<|im_start|>" in controls else "llama2"
+    found = [name for name, mark in MARKS.items() if mark in controls]
+    named = [name for name in found if MARKS[name] in chat_template]
+    return [*named, *found, "llama2"][0]
 
 
-def load_template(name, folder, controls):
+def load_template(name, folder, controls, chat_template=""):
     """(prompt, token that ends an answer or "") for the value of --template.
 
     name: one of TEMPLATES, or a text file with {source} where the input goes; "" takes the model folder's template.txt,
-    or else the one whose control tokens the tokenizer has (controls). A checkpoint's own Jinja template is a program of
-    unknown origin and is not run.
+    or else the one whose control tokens the tokenizer has (controls). A checkpoint's own Jinja template (chat_template)
+    is a program of unknown origin: it is searched for these tokens, and not run.
     """
     if not name:
-        name = default_template(Path(folder), controls)
+        name = default_template(Path(folder), controls, chat_template)
     if name not in TEMPLATES:
         if not Path(name).is_file():
             raise FileNotFoundError(
@@ -151,7 +155,7 @@ def load_template(name, folder, controls):
 def load_tokenizer(folder, template=""):
     """The tokenizer of a model folder with the prompt that --template names."""
     tokenizer = tokenizers.read(folder)
-    tokenizer.set_template(*load_template(template, folder, tokenizer.controls))
+    tokenizer.set_template(*load_template(template, folder, tokenizer.controls, tokenizer.chat_template))
     return tokenizer
 
 

@@ -173,7 +173,8 @@ def bleurt(predictions, references, checkpoint, batch_size=16, device="cpu"):
 def interval(values, seed, resamples=1000):
     """95 % bootstrap interval of the mean of values (n,): (low, high)."""
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)  # (resamples,)
+    n = len(values)
+    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]  # one by one: n may be a million
     return tuple(np.quantile(means, [0.025, 0.975]).tolist())
 
 

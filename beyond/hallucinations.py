@@ -48,7 +48,7 @@ def swaps_in_lines(text, lines):
 
 def speakers(datum):
     """The names at the beginning of the source's lines, as in "Anna: Hello"."""
-    return sorted(set(re.findall(r"^([^\s:][^:\n]{0,30}):", datum.source, re.M)))
+    return sorted(set(re.findall(r"^([^\W\d][^:\n]{0,30}):(?=\s)", datum.source, re.M)))
 
 
 def names(datum):

@@ -19,6 +19,7 @@ PAIRS = [  # (input, target), the names that are found without being named; more
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns whose last turn is the target
 WHOLE = (*CONVERSATIONS, "chosen", "rejected")  # may repeat the input's turns before the output
 CONTEXTS = ("input", "context")  # what an instruction is about: Alpaca's and Dolly's name
+OPTIONAL = ("system", "instruction", *CONTEXTS)  # parts that may be empty: an instruction may say all
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 LABELS = {"true": True, "1": True, "false": False, "0": False}  # of KTO's `label` in a CSV file
 TEXT_LIMIT = 1 << 20  # characters in one text; csv's own limit of 128 KiB is below some news articles
@@ -74,13 +75,17 @@ def find_layout(where, row, names):
                 f"--target-column NAME{hint_of_delimiter(row)}"
             )
         parts, target = found[0]
-        if (parts, target) == ("prompt", "completion") and "label" in columns:
-            label = columns["label"]
         main, target = columns[parts], columns[target]
         before = [columns[name] for name in ("system", "instruction") if name in columns]
         parts = tuple(dict.fromkeys([*before, main]))
         if main == columns.get("instruction"):
             parts += tuple(columns[name] for name in CONTEXTS if name in columns)
+        if main == columns.get("question") and "context" in columns:
+            parts += (columns["context"],)
+    if "label" in columns and parts[-1] == columns.get("prompt"):  # KTO's, whether found or named
+        is_bool = isinstance(row[columns["label"]], bool)
+        if target == columns.get("completion") or (target == columns.get("response") and is_bool):
+            label = columns["label"]
     negatives = ()
     if names.negative:
         negatives = (find(where, columns, row, names.negative),)
@@ -142,42 +147,45 @@ def find_inputs(where, row, names):
     if len(found) != 1:
         problem = "more than one column may be the input" if found else "cannot tell the input column"
         raise UserError(f"{where}: {problem} among {', '.join(map(str, row))}; name it: --input-column NAME")
-    return tuple(dict.fromkeys([*before, columns[found[0]]]))
+    after = [columns["context"]] if found == ["question"] and "context" in columns else []
+    return tuple(dict.fromkeys([*before, columns[found[0]], *after]))
 
 
 def input_of(where, row, parts):
     """The text of an input. Of a conversation that ends with the assistant, what stands before that."""
-    texts = []
+    values = {}
     for name in parts:
-        turns = row[name]
-        if isinstance(turns, list):
-            turns = messages(where, name, turns)
-            turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        texts.append(conversation(where, name, turns, may_be_empty=len(parts) > 1))
-    if not any(texts):
-        raise UserError(f"{where}: column {parts[-1]!r} is empty or not text; fix or remove that row")
-    return "\n\n".join(text for text in texts if text)
+        values[name] = row[name]
+        if isinstance(row[name], list):
+            turns = messages(where, name, row[name])
+            values[name] = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return joined(where, values)
 
 
 def pairs_of(where, row, layout):
     """The Pairs of a row: its target, and its bad outputs with label 0. Raises UserError naming row and column."""
-    sources = []
-    for name in layout.parts:
-        turns = row[name]
-        if name == layout.target:
-            turns = messages(where, name, turns)[:-1]
-        text = conversation(where, name, turns, may_be_empty=len(layout.parts) > 1)
-        if text:
-            sources.append(text)
-    if not sources:
-        raise UserError(f"{where}: column {layout.parts[-1]!r} is empty or not text; fix or remove that row")
-    source = "\n\n".join(sources)
+    values = {name: row[name] for name in layout.parts}
+    if layout.target in values:
+        values[layout.target] = messages(where, layout.target, row[layout.target])[:-1]
+    source = joined(where, values)
     label = 1.0 if layout.label is None else float(read_label(where, layout.label, row[layout.label]))
     found = [Pair(source, answer(where, layout.target, row[layout.target]), label)]
     for name in layout.negatives:
         for output in outputs(row[name]):
             found.append(Pair(source, answer(where, name, output), 0.0))
     return found
+
+
+def joined(where, values):
+    """The text of an input from its parts, {column: text or conversation}. Those of OPTIONAL may be empty, but a system
+    text alone is no input.
+    """
+    texts = {}
+    for name, value in values.items():
+        texts[name] = conversation(where, name, value, may_be_empty=name.strip().lower() in OPTIONAL)
+    if not any(text for name, text in texts.items() if len(texts) == 1 or name.strip().lower() != "system"):
+        raise UserError(f"{where}: column {list(texts)[-1]!r} is empty or not text; fix or remove that row")
+    return "\n\n".join(text for text in texts.values() if text)
 
 
 def outputs(value):

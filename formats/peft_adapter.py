@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REQUIRED = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
     "use_qalora": False, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
-    "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+    "exclude_modules": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
     "alora_invocation_tokens": None, "arrow_config": None,
 }  # fmt: skip
 

@@ -193,9 +193,9 @@ def read_rows(file, delimiter=None):
         else:  # CSV; strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(columns.TEXT_LIMIT)
             delimiter = delimiter or delimiter_of(suffix, text)
-            reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+            reader = csv.DictReader(lines, strict=True, delimiter=delimiter, skipinitialspace=True)
             header = reader.fieldnames or []
-            twice = [name for i, name in enumerate(header) if name in header[:i]]
+            twice = [name for i, name in enumerate(header) if name.strip() and name in header[:i]]
             if twice:
                 raise UserError(f"{file}: two columns are called {twice[0]!r}; rename one")
             number = reader.line_num if header else 0

@@ -349,8 +349,9 @@ class JsonTokenizer(Tokenizer):
         """Ids that stand for text: no control tokens, and no pieces of a character."""
         with one_line(self.file):
             texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
-        controls = set(self.controls.values())
-        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in controls]
+        bytes_of_text = [i for piece, i in self.tokenizer.get_vocab().items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+        others = {*self.controls.values(), *bytes_of_text}
+        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in others]
 
     def encode_batch(self, tokenizer, texts):
         with one_line(self.file):

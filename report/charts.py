@@ -163,9 +163,9 @@ def lines_of(title, rows):
     sampled = [row for row in rows if row.get("ground_truth") is not True]
     if len(names) > 1:
         return [(name, name, sampled) for name in names]
-    if truth:
+    if truth and not title.startswith("val_"):  # validations come after a step: its batch has no part in them
         return [("sampled", names[0], sampled), ("truth", names[0], truth)]
-    return [("at the end", names[0], sampled)]
+    return [("at the end", names[0], rows)]
 
 
 def points_of(key, rows):

@@ -100,6 +100,12 @@ def test_spans_by_hand(tokenizer, target, edit, words):
     assert 0 <= first < last <= len(text) and text[:first] == truth[:first]
 
 
+def test_a_time_is_no_speaker():
+    """ "10:30 we start" would make "10" a name, and the edits nonsense that any reward model sees at once."""
+    source = "Anna: Hi!\n10:30 we start\nhttps://a.b is the place\nDr. Wu: fine\n"
+    assert hallucinations.speakers(SimpleNamespace(source=source)) == ["Anna", "Dr. Wu"]
+
+
 def test_hallucinations_as_a_set(positives, tokenizer):
     """One a datum, of several kinds, one class of six by weight; only the edit is labelled 0, or all of it; the same
     seed makes the same ones, and the other negatives stay as they are.

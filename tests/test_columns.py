@@ -18,6 +18,7 @@ FORMS = {  # a row as other tools write it: what it means as (source, target, la
     "Alpaca, null input": ({"instruction": "Do", "input": None, "output": "out"}, [("Do", "out", 1)]),
     "instruction alone": ({"instruction": "Do", "output": "out"}, [("Do", "out", 1)]),
     "Dolly": ({"instruction": "Do", "context": "in", "response": "out"}, [("Do\n\nin", "out", 1)]),
+    "question about a passage": ({"context": "in", "question": "Who?", "answer": "out"}, [("Who?\n\nin", "out", 1)]),
     "system": ({"system": "S", "prompt": "in", "completion": "out"}, [("S\n\nin", "out", 1)]),
     "system, empty": ({"system": "", "prompt": "in", "completion": "out"}, [("in", "out", 1)]),
     "system beside messages": ({"messages": [Q, A], "system": "S"}, [("S\n\nin", "out", 1)]),
@@ -38,6 +39,8 @@ FORMS = {  # a row as other tools write it: what it means as (source, target, la
     "KTO, good": ({"prompt": "in", "completion": "out", "label": True}, [("in", "out", 1)]),
     "KTO, bad": ({"prompt": "in", "completion": "out", "label": False}, [("in", "out", 0)]),
     "KTO, messages": ({"prompt": [Q], "completion": [BAD], "label": False}, [("in", "bad", 0)]),
+    "KTO, response": ({"prompt": "in", "response": "out", "label": False}, [("in", "out", 0)]),
+    "response, a class": ({"prompt": "in", "response": "out", "label": "news"}, [("in", "out", 1)]),
     "preferences": ({"prompt": "in", "chosen": "out", "rejected": "bad"}, [("in", "out", 1), ("in", "bad", 0)]),
     "preferences, messages": (
         {"prompt": [Q], "chosen": [A], "rejected": [BAD]}, [("in", "out", 1), ("in", "bad", 0)]
@@ -64,12 +67,27 @@ def test_every_form_means_what_its_writer_meant(tmp_path, row, means):
     assert [(e.source, e.target, e.label) for e in data.load(tmp_path, "train")] == means
 
 
+def test_a_label_counts_beside_named_columns(tmp_path):
+    """A file with prompt, completion and response asks for names; KTO's label must not be lost by giving them."""
+    (tmp_path / "train.jsonl").write_text('{"prompt": "in", "completion": "out", "response": "x", "label": false}\n')
+    rows = data.load(tmp_path, "train", "prompt", "completion")
+    assert [(e.source, e.target, e.label) for e in rows] == [("in", "out", 0)]
+
+
+def test_tables_written_by_hand_and_by_excel(tmp_path):
+    """A blank after the comma does not make quotes part of the text; columns without a name are none with one name."""
+    (tmp_path / "train.csv").write_text('dialogue, summary,,\n"Hi, Anna", "She greets.",,\n')
+    assert [(e.source, e.target) for e in data.load(tmp_path, "train")] == [("Hi, Anna", "She greets.")]
+
+
 REFUSED = {  # a row and what the message must say
     "messages beside a pair": ({"messages": [Q, A], "prompt": "a", "completion": "b"}, "more than one pair"),
     "two targets": ({"prompt": "a", "completion": "b", "chosen": "c"}, "more than one pair"),
     "a label that is none": ({"prompt": "a", "completion": "b", "label": 0.5}, "'label' is 0.5, neither true nor"),
     "a missing label": ({"prompt": "a", "completion": "b", "label": None}, "'label' is None, neither"),
     "nothing but a system": ({"system": "", "prompt": "", "completion": "b"}, "'prompt' is empty"),
+    "a system and nothing to do": ({"system": "S", "dialogue": "", "summary": "b"}, "'dialogue' is empty"),
+    "a system and an empty input": ({"system": "S", "input": "", "output": "b"}, "'input' is empty"),
     "an instruction that is a list": ({"instruction": ["a"], "input": "b", "output": "c"}, "'instruction' is empty"),
     "a class number": ({"text": "a", "label": 1}, r"'label' is empty or not text \(a number"),
     "rejected by the user": ({"prompt": "a", "chosen": "b", "rejected": [Q]}, "of role 'assistant'"),

@@ -799,6 +799,11 @@ def test_load_template(tmp_path):
     assert data.load_template("", tmp_path, {}) == ("Été: {source}\n", "")
     (tmp_path / "template.txt").write_text(data.TEMPLATES["chatml"][0])  # as a stage writes it: the same end of answers
     assert data.load_template("", tmp_path, {"<|im_start|>": 1, "<|im_end|>": 2}) == data.TEMPLATES["chatml"]
+    (tmp_path / "template.txt").unlink()
+    both = {"<|start_header_id|>": 1, "<|end_header_id|>": 2, "<|eot_id|>": 3, "<|im_start|>": 4, "<|im_end|>": 5}
+    assert data.load_template("", tmp_path, both) == data.TEMPLATES["llama3"]
+    learned = "{{ '<|im_start|>' + message }}"  # ChatML, by a fine-tuned Llama 3
+    assert data.load_template("", tmp_path, both, learned) == data.TEMPLATES["chatml"]
     for text in ("Summarise this.", "{source} {source}"):
         (tmp_path / "template.txt").write_text(text)
         with pytest.raises(ValueError, match=r"template\.txt.*\{source\} exactly once"):

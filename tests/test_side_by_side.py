@@ -87,6 +87,13 @@ def test_the_best_validation_is_marked(runs):
     assert page.count('<path class="best"') == 1
 
 
+def test_validations_are_of_no_batch():
+    """PPO's validations stand beside steps on samples and on the truth; their curve has all of them, and the best."""
+    rows = [{"step": step, "ground_truth": step % 2 == 1, "val_return": step} for step in range(9, 60, 10)]
+    ((_, key, found),) = charts.lines_of("val_return", rows)
+    assert key == "val_return" and found == rows
+
+
 def test_names_stay_text(runs):
     """A folder whose name is a tag is shown as text, and the page still loads nothing."""
     hostile = runs / "<img src=x onerror=alert(1)>"

@@ -88,13 +88,14 @@ def warn_of_short_groups(settings, config):
 
 
 def warn_of_other_template(folder, tokenizer):
-    """Warn where a model with a chat template of its own gets the prompt of Llama 2 for want of a better."""
-    has_other = tokenizer.chat_template not in ("", "null") and "[INST]" not in tokenizer.chat_template
-    if has_other and tokenizer.template == data.TEMPLATES["llama2"][0]:
-        warn(
-            f"{folder}: its chat template is none that lastmile knows, the prompt is Llama 2's; write its form to a "
-            f"text file with {{source}} in it: --template FILE"
-        )
+    """Warn where a model with a chat template of its own gets another prompt for want of a better."""
+    for name, mark in data.MARKS.items():
+        has_other = tokenizer.chat_template not in ("", "null") and mark not in tokenizer.chat_template
+        if has_other and tokenizer.template == data.TEMPLATES[name][0]:
+            warn(
+                f"{folder}: its chat template is none that lastmile knows, the prompt is that of {name}; write its "
+                f"form to a text file with {{source}} in it: --template FILE"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
