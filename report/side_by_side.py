@@ -90,7 +90,9 @@ def scores_of(found):
     for metric in names:
         values = [found[name][0][column].get(metric) for name, column in entries]
         values = [abs(value) if metric == LESS_IS_BETTER else -value for value in values if value is not None]
-        best[metric] = min(values, default=None)
+        facts = ("data", "rouge_tokenizer", "bleurt") if metric == "bleurt" else ("data", "rouge_tokenizer")
+        alike = len({tuple(found[name][2].get(fact) for fact in facts) for name in found}) == 1
+        best[metric] = min(values, default=None) if alike else None  # scores of other data compare with none
     for name, column in entries:
         scores, ends = found[name][0][column], found[name][1].get(column, {})
         cells = []

@@ -67,6 +67,18 @@ def test_scores_of_all_runs_the_best_marked(runs):
     assert f"{auc:.3f}" in cells(page, "one")[-1]
 
 
+def test_no_star_between_scores_that_do_not_compare(runs):
+    """Runs on other data, or judged by another BLEURT, stand side by side; which of them is best no number says."""
+    facts = runs / "one/eval/facts.json"
+    before = facts.read_text()
+    facts.write_text(json.dumps(json.loads(before) | {"data": "other"}))
+    try:
+        assert all("★" not in cell for row in cells(page_of(runs), "mle") for cell in row)
+    finally:
+        facts.write_text(before)
+    assert any("★" in cell for row in cells(page_of(runs), "mle") for cell in row)
+
+
 def test_curves_lie_over_one_another(runs):
     """A chart of both runs has a line and a legend for each, with different colours and dashes."""
     logs = {name: [{"step": i, "loss": i + shift} for i in range(9)] for name, shift in (("a", 0), ("b", 3))}
