@@ -772,6 +772,20 @@ def test_a_signal_when_nobody_reads(train, after, monkeypatch):
     assert train("mle") == 143 and saved(train.folder, "mle") == [3, 5]
 
 
+def test_a_signal_during_the_exchange(train, monkeypatch):
+    """Ranks tell each other after each step whether to stop; a signal that comes meanwhile counts at the next one."""
+    most, asked = run_module.ranks.most, []
+
+    def interrupted(stop):
+        asked.append(stop)
+        if len(asked) == 5:
+            terminate(None)
+        return most(stop)
+
+    monkeypatch.setattr(run_module.ranks, "most", interrupted)
+    assert train("mle") == 143 and asked == [0] * 5 + [signal.SIGTERM] and saved(train.folder, "mle") == [3, 6]
+
+
 def test_a_terminal_that_lacks_a_letter():
     """A Latin-1 or ASCII terminal has no place for every letter of a model's output, or for the ± of the tables."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")

@@ -286,14 +286,16 @@ class Run:
             self.validate_now(done)
         if 0 < self.settings.max_time * 60 < time.monotonic() - ranks.world.started:
             self.stop = self.stop or signal.SIGTERM
-        self.stop = ranks.most(self.stop)
-        must = done == steps or bool(self.stop)
+        stop = ranks.most(self.stop)
+        if stop:  # 0 is not stored: it would erase a signal that came during the exchange, and counts at the next step
+            self.stop = stop
+        must = done == steps or bool(stop)
         if ranks.first() and (must or done % self.settings.save_every == 0):
             self.save(done, must)
         if must:
             ranks.wait()  # where the first rank could not save, all end as it does
-        if self.stop:
-            raise Stopped(self.stop)
+        if stop:
+            raise Stopped(stop)
 
     def save(self, done, must):
         """Write a checkpoint and delete the oldest. A full disk is an error only if there is no next attempt (must)."""
