@@ -20,7 +20,7 @@ import itertools
 import random
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +169,7 @@ def train_tokenizer(texts, vocab_size, folder):
 class Datum:
     """One prompt with one response. `kind` is "positive" or the name of a class of negatives, `label` 1 or 0.
 
-    span: (start, end), the tokens of the response that the label applies to (the others are good); None: all of them.
+    judged: indices of the response tokens that the label applies to; the others do not count. None: all of them.
     """
 
     id: str
@@ -180,7 +180,7 @@ class Datum:
     label: float = 1.0
     weight: float = 1.0
     kind: str = "positive"
-    span: tuple | None = None
+    judged: tuple | None = None
 
 
 def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append_eos=True):
@@ -266,11 +266,11 @@ NEGATIVES = {
 def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=()):
     """The true outputs and, for each, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
-    hallucinations: "off", or one more class, 0 on the tokens of the edit ("span") or on all ("sequence"). samples:
-    {one more class: a response for each true output}. Outputs labelled bad in the data set are one more, "rejected",
-    which weighs no more than another. All classes of a datum together weigh at most 1. A negative that reads as a true
-    output of the same source is none: the label would contradict itself. Returns a list of Datum, each true output
-    followed by its negatives, then the rejected ones. The same seed makes the same negatives.
+    hallucinations: "off", or one more class, of which the edit's tokens alone count ("span") or all ("sequence").
+    samples: {one more class: a response for each true output}. Outputs labelled bad in the data set are one more,
+    "rejected", which weighs no more than another. All classes of a datum together weigh at most 1. A negative that
+    reads as a true output of the same source is none: the label would contradict itself. Returns a list of Datum, each
+    true output followed by its negatives, then the rejected ones. The same seed makes the same negatives.
     """
     samples = dict(samples)
     positives = [datum for datum in data if datum.label]
@@ -283,20 +283,20 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
     rows = []
     for i, (datum, partner) in enumerate(zip(positives, partners, strict=True)):
         other = None if partner is None else positives[partner]
-        made = []  # (kind, response or None, span or None)
+        made = []  # (kind, response or None, judged or None)
         for kind, make in NEGATIVES.items():
             rng = random.Random(stream_seed(seed, "negative", kind, i))
             made.append((kind, make(datum, other, tokenizer, limit, rng), None))
         if hallucinations != "off":
             rng = random.Random(stream_seed(seed, "negative", "hallucination", i))
             kind, response, span = hallucinated(datum, other or datum, tokenizer, limit, rng)
-            made.append((kind, response, span if hallucinations == "span" else None))
+            made.append((kind, response, tuple(range(*span)) if span and hallucinations == "span" else None))
         for kind, responses in samples.items():
             made.append((kind, responses[i], None))
         rows.append(datum)
-        for kind, response, span in made:
+        for kind, response, judged in made:
             if response is not None and tokenizer.decode(response).strip() not in truths[datum.source]:
-                rows.append(replace(datum, response=response, label=0.0, weight=weight, kind=kind, span=span))
+                rows.append(replace(datum, response=response, label=0.0, weight=weight, kind=kind, judged=judged))
     rejected = [datum for datum in rejected if datum.target not in truths[datum.source]]
     weight *= min(1, len(positives) / max(1, len(rejected)))
     return rows + [replace(datum, weight=weight) for datum in rejected]
@@ -334,13 +334,15 @@ class Batch:
     mask: torch.Tensor  # (B, T) bool: True on the response, EOS included
     prompt_len: torch.Tensor  # (B,) long
     ref_len: torch.Tensor  # (B,) long: tokens of the response, EOS included; ppo.rollout keeps the truth's
-    label: torch.Tensor  # (B, T) float: 1 good, 0 bad
+    judged: torch.Tensor  # (B, T) bool: the response tokens that the label applies to, nearly always all of them
+    label: torch.Tensor  # (B,) float: 1 good, 0 bad
     weight: torch.Tensor  # (B,) float: 1, or 1/5 for a negative
     rows: tuple  # of B Datum: what the batch was made from
+    logp: torch.Tensor | None = None  # (B, T) float: of sampled responses, as they were drawn; see ppo.rollout
 
     def __getitem__(self, rows):
         """The batch of some rows, a slice; padding is kept."""
-        return Batch(*[getattr(self, field.name)[rows] for field in fields(self)])
+        return Batch(*[None if column is None else column[rows] for column in vars(self).values()])
 
     def split(self, size):
         """Micro-batches of at most `size` rows. 0: one, the whole batch."""
@@ -357,13 +359,14 @@ def collate(data, device="cpu"):
     tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True)  # (B, T); padding is never read
     column = torch.arange(tokens.shape[1])  # (T,)
     mask = (column >= prompt_len[:, None]) & (column < row_len[:, None])  # (B, T)
-    label = torch.tensor([datum.label for datum in data])[:, None].repeat(1, tokens.shape[1])  # (B, T)
+    judged = mask.clone()  # (B, T)
     for b, datum in enumerate(data):
-        if datum.span:
-            start, end = (len(datum.prompt) + place for place in datum.span)
-            label[b, :start] = label[b, end:] = 1
+        if datum.judged is not None:
+            judged[b] = False
+            judged[b, len(datum.prompt) + torch.tensor(datum.judged)] = True
+    label = torch.tensor([datum.label for datum in data])  # (B,)
     weight = torch.tensor([datum.weight for datum in data])  # (B,)
-    tensors = [tokens, mask, prompt_len, row_len - prompt_len, label, weight]
+    tensors = [tokens, mask, prompt_len, row_len - prompt_len, judged, label, weight]
     return Batch(*[tensor.to(device) for tensor in tensors], rows=tuple(data))
 
 

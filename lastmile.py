@@ -48,7 +48,7 @@ import data
 import eval as evaluation
 import model
 import ppo
-from beyond import reward_function
+from beyond import best_of, reward_function
 from beyond.samples import adapter_hashes, load_with_negatives
 from formats.errors import UserError
 from speed import shared_prompts
@@ -166,14 +166,17 @@ def quantize(settings):
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
     columns = column_names("--samples", settings.samples) if settings.samples else []
+    if settings.level == "sequence" and settings.head == "likelihood":
+        raise UserError("--level sequence reads one score, and --head likelihood scores single tokens; choose one")
     if settings.level == "sequence" and settings.hallucinations == "span":
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
         rows, heldout = load_with_negatives(settings, llama, tokenizer, columns)
-        depends_on = start_adapter(settings, llama, "reward", stream="lora", head="normal")
+        head = "normal" if settings.head == "scalar" else None
+        depends_on = start_adapter(settings, llama, "reward", stream="lora", head=head)
         if settings.dry_run:
-            return dry_run(settings, llama, rows, ["reward"], has_logits=False)
+            return dry_run(settings, llama, rows, ["reward"], has_logits=head is None)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
         depends_on |= adapter_hashes(settings, columns)
@@ -205,12 +208,13 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
         scores.append(score.detach())
     grad_norm = optimizer.step(rate)
     score = ranks.whole(torch.cat(scores), len(batch.rows))  # (B, T)
-    scored = ppo.scored_tokens(batch.mask, level)  # (B, T)
+    scored = ppo.scored_tokens(batch.mask, level) & batch.judged  # (B, T)
+    good = batch.label[:, None] == 1  # (B, 1)
     return {
         "loss": ppo.reward_loss(score, batch, level).item(),
         "grad_norm": grad_norm,
-        "positive": mean_or_none(score, scored & (batch.label == 1)),
-        "negative": mean_or_none(score, scored & (batch.label == 0)),
+        "positive": mean_or_none(score, scored & good),
+        "negative": mean_or_none(score, scored & ~good),
     }
 
 
@@ -297,7 +301,7 @@ def train_ppo(settings):
                 if not truth:
                     limit = settings.max_new_tokens
                     uniform = torch.rand(len(batch.rows), limit, generator=generator(settings, "rollout", step))
-                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit)
+                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, with_logp=True)
                     batch = ppo.rollout(batch, ranks.sharded(sampler, uniform.to(settings.device)))
                 # 2. Judge and learn
                 log_kl = step % settings.log_every == 0
@@ -317,13 +321,14 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
     while the value alone does, see --value-warmup-steps.
     """
     parts = ranks.share(batch).split(settings.micro_batch_size)
-    trajectories = []  # one for each micro-batch
+    trajectories, first_logp = [], []  # one for each micro-batch
     for epoch in range(settings.ppo_epochs):
         passes = []
         for i, part in enumerate(parts):
             logp, value, entropy = ppo.actor_critic(llama, part, settings.entropy_coef > 0)  # (B, T) each
-            if epoch == 0:  # the policy before the first update is the old one: its ratio, equation 1, is exactly 1
+            if epoch == 0:
                 trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl))
+                first_logp.append(logp.detach())
             policy_loss = ppo.policy_loss(logp, trajectories[i], settings.clip_range)  # equation 3
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
             if settings.entropy_coef > 0:
@@ -336,6 +341,10 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
     traj = ppo.Trajectory.cat(trajectories, whole)
     logp, value, entropy = [whole(torch.cat(parts)) for parts in zip(*passes, strict=True)]
     numbers = ppo.statistics(traj, batch, logp, value, entropy, settings.clip_range, llama.config.eos_token_id)
+    if batch.logp is not None:
+        numbers["sampler_mismatch"] = ppo.masked_mean(
+            (whole(torch.cat(first_logp)) - batch.logp).abs(), batch.mask
+        ).item()
     numbers["policy_loss"] = ppo.policy_loss(logp, traj, settings.clip_range).item()
     numbers["value_loss"] = ppo.value_loss(value, traj, settings.value_clip).item()
     return numbers | {"grad_norm": grad_norm}  # the policy's
@@ -374,6 +383,18 @@ def train_missing_reward(settings):
     say(f"ppo: no reward model in {settings.reward} yet; training it first")
     train_reward(command_line.reward_settings(settings))
     gc.collect()  # the layers of its base refer to each other: or there would be two bases in memory
+
+
+def judge_reward(settings):
+    """Best of N by the reward model, beside greedy answers, one sample and the oracle, on validation examples."""
+    llama, tokenizer = open_base(settings)
+    adapter = load_column(settings, llama, settings.adapter)
+    rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
+    score, _ = open_reward(settings, llama, tokenizer, rows)
+    if settings.dry_run:
+        return dry_run(settings, llama, rows, samples=True)
+    found = best_of.best_of(settings, llama, tokenizer, rows, score, adapter, settings.best_of)
+    best_of.show(settings, found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,6 +454,7 @@ COMMANDS = {
     "reward": train_reward,
     "mle": train_mle,
     "ppo": train_ppo,
+    "judge": judge_reward,
     "eval": evaluate,
     "tables": show_tables,
     "report": write_report,

@@ -300,6 +300,10 @@ class Llama(nn.Module):
         """The scalar head of an adapter, fp32: (…, C) -> (…,)."""
         return F.linear(h.float(), self.score[adapter]).squeeze(-1)
 
+    def has_head(self, adapter):
+        """Whether an adapter has a scalar head."""
+        return adapter in self.score
+
     def to_sample(self, adapter):
         """(model, adapter) to sample from under an adapter; beyond.full has whole models in place of adapters."""
         return self, adapter
@@ -310,7 +314,11 @@ class Llama(nn.Module):
         """A new adapter. head: None, "zero" (values), or "normal", std 1/sqrt(C+1) (rewards; Huang et al. 2024)."""
         add_adapter(self, name, r, alpha, targets, generator)
         if head is not None:
-            self.score[name] = self.new_head(head, generator)
+            self.add_head(name, head, generator)
+
+    def add_head(self, name, kind, generator):
+        """A new scalar head for an adapter; kind: as in `add_adapter`."""
+        self.score[name] = self.new_head(kind, generator)
 
     def new_head(self, kind, generator):
         C = self.config.hidden_size
@@ -367,6 +375,7 @@ def sample(
     top_p=1.0,
     uniform=None,
     each=None,
+    with_logp=False,
 ):
     """Continue prompts until EOS or the cap.
 
@@ -374,7 +383,8 @@ def sample(
     needs: it must sample from the very distribution whose probabilities it then takes.
     generator: on the model's device; without one, the global generator. uniform: (B, max_new_tokens) random numbers in
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
-    Returns a list of token lists, each ending with EOS unless the cap cut it.
+    Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
+    each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
     """
     llama, adapter = llama.to_sample(adapter)
     B, device = len(prompts), llama.device
@@ -388,12 +398,16 @@ def sample(
     row = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    logp = torch.zeros(B, max_new_tokens, device=device)
     for i in range(max_new_tokens):
         # One number for every prompt: what a row draws does not depend on which other rows have ended.
         u = torch.rand(B, 1, generator=generator, device=device) if uniform is None else uniform[:, i : i + 1]
         u = u[row]  # (rows, 1)
-        token = pick(logits, temperature, top_k, top_p, u)  # (rows,)
+        logits = shape(logits, temperature, top_k, top_p)  # (rows, V)
+        token = logits.argmax(-1) if temperature == 0 else draw(logits, u)  # (rows,)
         answers[row, i] = token
+        if with_logp:
+            logp[row, i] = -F.cross_entropy(logits, token, reduction="none")
         if each is not None:
             each(token)
         done |= torch.isin(token, eos)
@@ -403,7 +417,10 @@ def sample(
             cache.keep(~done)
             row, token, done = row[~done], token[~done], done[~done]
         logits = step(token)  # (rows, V)
-    return [cut_after_eos(answer, llama.config.eos_token_id) for answer in answers[:, : i + 1].tolist()]
+    responses = [cut_after_eos(answer, llama.config.eos_token_id) for answer in answers[:, : i + 1].tolist()]
+    if not with_logp:
+        return responses
+    return [(response, numbers[: len(response)]) for response, numbers in zip(responses, logp.tolist(), strict=True)]
 
 
 def prefill(llama, prompts, adapter, max_new_tokens):
@@ -436,10 +453,10 @@ def cut_after_eos(row, eos):
     return row
 
 
-def pick(logits, temperature, top_k, top_p, u):
-    """One token a row, u (B, 1) being uniform in [0, 1): (B, V) -> (B,)."""
+def shape(logits, temperature, top_k, top_p):
+    """Logits of the distribution to draw from, what is cut being -inf: (B, V) -> (B, V). temperature 0 changes none."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits
     logits = logits / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
@@ -449,7 +466,14 @@ def pick(logits, temperature, top_k, top_p, u):
         p = ordered.softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # the tokens before this one already reach top_p; the first always stays
         logits = logits.scatter(-1, index, ordered.masked_fill(beyond, -torch.inf))
-    # Inverse of the cumulative distribution: one uniform number a row, far faster than torch.multinomial on a CPU.
+    return logits
+
+
+def draw(logits, u):
+    """One token a row, u (B, 1) being uniform in [0, 1): (B, V) -> (B,).
+
+    Inverse of the cumulative distribution: one uniform number a row, far faster than torch.multinomial on a CPU.
+    """
     cdf = logits.softmax(-1).cumsum(-1)  # (B, V)
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 

@@ -142,11 +142,12 @@ def scored_tokens(mask, level):
 def reward_loss(score, batch, level="token"):
     """Weighted squared error of the token scores (B, T) to the labels (paper, 3.2).
 
-    A datum's loss is the mean over its tokens that carry the reward, so that long negatives do not drown short ones;
-    the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives.
+    A datum's loss is the mean over its tokens that carry the reward and are judged, so that long negatives do not drown
+    short ones, nor a long output the edit in it; the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for
+    negatives.
     """
-    mask = scored_tokens(batch.mask, level)
-    error = torch.where(mask, (score - batch.label).square(), 0)  # (B, T)
+    mask = scored_tokens(batch.mask, level) & batch.judged
+    error = torch.where(mask, (score - batch.label[:, None]).square(), 0)  # (B, T)
     datum = error.sum(1) / mask.sum(1)  # (B,)
     return (batch.weight * datum).sum() / batch.weight.sum()
 
@@ -213,16 +214,30 @@ def actor_critic(llama, batch, entropy_learns=False):
     return logp, value, entropy
 
 
-def token_scores(llama, batch, layout=None):
-    """The reward model's score of every response token, read at the token itself: (B, T), 0 elsewhere.
+LEAST_LOGP = -5.0  # of a token: what is less likely scores 0, and its exact probability is noise
 
+
+def likelihood_score(logp):
+    """The score of a token that has log-probability logp under the reward model: 1 if certain, 0 at LEAST_LOGP."""
+    return 1 + logp.clamp(min=LEAST_LOGP) / -LEAST_LOGP
+
+
+def token_scores(llama, batch, layout=None):
+    """The reward model's score of every response token: (B, T), 0 elsewhere.
+
+    With a scalar head (paper, 3.2) it is read at the state of the token itself. Without one it is a function of log pi
+    of the token under the reward adapter (`reward --head likelihood`), read at the state before it.
     layout: the batch's rows with each prompt once, see speed/shared_prompts.py; the same scores, to rounding.
     """
-    if layout is None:
-        h = llama(batch.tokens, "reward", wanted=places(batch.mask))  # (n, C)
-    else:
-        h = llama(layout.tokens, "reward", wanted=layout.places, layout=layout)  # (n, C)
-    return fill(batch.mask, llama.scalar(h, "reward"))
+    tokens = batch.tokens if layout is None else layout.tokens
+    if llama.has_head("reward"):
+        index = places(batch.mask) if layout is None else layout.places  # (n,)
+        score = llama.scalar(llama(tokens, "reward", wanted=index, layout=layout), "reward")  # (n,)
+        return fill(batch.mask, score)
+    index = states_before(batch.mask) if layout is None else layout.before  # (n,)
+    h = llama(tokens, "reward", wanted=index, layout=layout)  # (n, C)
+    logp = token_logp(llama.logits(h, "reward"), batch)  # (B, T)
+    return torch.where(batch.mask, likelihood_score(logp), 0)
 
 
 @torch.no_grad()
@@ -242,12 +257,15 @@ def reward_scores(llama, batch, level="token"):
 def rollout(batch, sample):
     """The batch with its responses replaced by sampled ones. Prompts and reference lengths stay.
 
-    sample: list of prompts -> list of responses, in token ids. Batch -> Batch, so that "half sampled, half ground
-    truth" (paper, 3.3) is one `if`.
+    sample: list of prompts -> list of (response, log-probability of each of its tokens), as model.sample returns with
+    with_logp. Batch -> Batch, so that "half sampled, half ground truth" (paper, 3.3) is one `if`.
     """
-    responses = sample([row.prompt for row in batch.rows])
+    device = batch.tokens.device
+    responses, logp = zip(*sample([row.prompt for row in batch.rows]), strict=True)
     rows = [replace(row, response=response) for row, response in zip(batch.rows, responses, strict=True)]
-    return replace(collate(rows, batch.tokens.device), ref_len=batch.ref_len)
+    sampled = collate(rows, device)
+    logp = fill(sampled.mask, torch.tensor(sum(logp, []), device=device))  # (B, T)
+    return replace(sampled, ref_len=batch.ref_len, logp=logp)
 
 
 def is_ground_truth(step, fraction):
@@ -274,14 +292,16 @@ def token_rewards(batch, score, penalty, clamp=0.0, kl=None, kl_coef=0.0):
 def trajectory(batch, logp, value, reward, gamma, lam, kl=None, whiten_advantages=False, total=unchanged):
     """The constants of an update, from the first pass over a batch: advantages (equation 2) and returns (equation 4).
 
-    logp, value, reward (B, T); kl (B, T) or None: kept for the log. total: see `whiten`. Returns a Trajectory.
+    logp, value, reward (B, T); kl (B, T) or None: kept for the log. total: see `whiten`. Returns a Trajectory, whose
+    logp_old is pi_old of equation 1: what the sampler drew with, or logp where the batch shows the truth.
     """
-    logp, value = logp.detach(), value.detach()
+    value = value.detach()
+    logp_old = logp.detach() if batch.logp is None else batch.logp  # the truth counts as the policy's own actions
     adv = gae(reward, value, batch.mask, gamma, lam)
     if whiten_advantages:
         adv = whiten(adv, batch.mask, total)
     ret = returns(reward, batch.mask, gamma)
-    return Trajectory(batch.tokens, batch.mask, logp, value, reward, adv, ret, kl)
+    return Trajectory(batch.tokens, batch.mask, logp_old, value, reward, adv, ret, kl)
 
 
 @torch.no_grad()

@@ -50,6 +50,10 @@ class FullLlama(model.Llama):
         """As in model.Llama."""
         return self.copies[adapter].scalar(h, adapter) if adapter in self.copies else super().scalar(h, adapter)
 
+    def has_head(self, adapter):
+        """As in model.Llama."""
+        return (self.copies[adapter] if adapter in self.copies else self).score.get(adapter) is not None
+
     def to_sample(self, adapter):
         """As in model.Llama."""
         return (self.copies[adapter], None) if adapter in self.copies else (self, adapter)
@@ -60,10 +64,16 @@ class FullLlama(model.Llama):
         """
         copy = model.load(self.folder, self.device, torch.float32, weights=self.device.type != "meta")
         copy.config = self.config
-        if head is not None:
-            copy.lm_head = None
-            copy.score[name] = self.new_head(head, generator)
         self.copies[name] = copy
+        if head is not None:
+            self.add_head(name, head, generator)
+
+    def add_head(self, name, kind, generator):
+        """As in model.Llama; a whole model has it in place of its language head."""
+        if name not in self.copies:
+            return super().add_head(name, kind, generator)
+        self.copies[name].lm_head = None
+        self.copies[name].score[name] = self.new_head(kind, generator)
 
     def adapter_parameters(self, name):
         """As in model.Llama."""

@@ -2,10 +2,11 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from formats.errors import UserError
@@ -121,6 +122,15 @@ def read(module, name, folder, base_hash=""):
             parameter.copy_(tensors[key])
             parameter.requires_grad_(False)
     return tensors[head].float() if head in tensors else None
+
+
+def has_head(folder):
+    """Whether the adapter of a folder, or the whole model in its place, has a scalar head."""
+    for file in Path(folder).glob("*.safetensors"):
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as opened:
+            if any(name.endswith("score.weight") for name in opened.keys()):  # noqa: SIM118
+                return True
+    return False
 
 
 def check_head(folder, name, weight, shape):

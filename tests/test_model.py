@@ -333,7 +333,7 @@ def test_tokens_are_drawn_at_their_probabilities(temperature, top_k, top_p, kept
     """
     p = torch.tensor([0.05, 0.4, 0.03, 0.3, 0.2, 0.02])
     u = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0))
-    drawn = model.pick(p.log().expand(20000, 6), temperature, top_k, top_p, u)
+    drawn = model.draw(model.shape(p.log().expand(20000, 6), temperature, top_k, top_p), u)
     expected = p ** (1 / temperature)
     expected[p.argsort(descending=True)[kept:]] = 0
     expected *= 20000 / expected.sum()
@@ -349,7 +349,7 @@ def test_the_ends_of_the_distribution(u, token):
     a neighbour of probability 0.
     """
     logits = torch.tensor([[-9.0, 1, 0, 1, -9]])
-    assert model.pick(logits, 1.0, 2, 1.0, torch.full((1, 1), u)).tolist() == [token]
+    assert model.draw(model.shape(logits, 1.0, 2, 1.0), torch.full((1, 1), u)).tolist() == [token]
 
 
 def test_rows_end_with_eos_or_at_the_cap():
@@ -377,7 +377,7 @@ def test_ended_rows_leave_the_batch(monkeypatch):
         alone = []
         while len(alone) < 30 and not (alone and alone[-1] < 12):
             last = logits(llama, torch.tensor([[*prompt, *alone]]))[:, -1]
-            alone.append(model.pick(last, 1.0, 0, 1.0, luck[len(alone), b : b + 1]).item())
+            alone.append(model.draw(last, luck[len(alone), b : b + 1]).item())
         assert rows[b] == alone
 
 

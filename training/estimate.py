@@ -60,7 +60,7 @@ def bytes_of_pass(llama, B, T, adapter, shared=False, wanted=None):
     layout = None
     if shared:
         place = torch.empty(B, T, dtype=torch.long, device="meta")
-        layout = SharedPrompts(place, place, torch.empty(B, 1, T - 1, T, dtype=torch.bool, device="meta"), place)
+        layout = SharedPrompts(place, place, torch.empty(B, 1, T - 1, T, dtype=torch.bool, device="meta"), place, place)
     recompute = llama.recompute
     llama.recompute = False
     try:

@@ -11,6 +11,7 @@ import model
 import ppo
 from beyond import reward_function
 from beyond.full import FullLlama
+from formats import peft_adapter
 from formats.errors import UserError
 from formats.files import read_json, read_text
 from formats.hub import fetch, on_hub
@@ -253,7 +254,7 @@ def new_adapter(settings, llama, name, stream, head=None):
 def start_adapter(settings, llama, name, stream, head=None):
     """The adapter that a stage trains: new, or a copy of the one that --init names. Returns {what: hash} of that one.
 
-    head: None, or how a scalar head starts; the adapter of --init must then have one.
+    head: None, or how a scalar head starts, where the adapter of --init has none.
     """
     if settings.init == "base":
         new_adapter(settings, llama, name, stream, head)
@@ -263,7 +264,10 @@ def start_adapter(settings, llama, name, stream, head=None):
         raise UserError(f"--init {settings.init}: is a whole model; add --tune full, or name an adapter")
     if not is_model(folder) and settings.tune == "full":
         raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
-    load_trained(llama, name, folder, head=head is not None)
+    saved_head = head is not None and peft_adapter.has_head(folder)
+    load_trained(llama, name, folder, saved_head)
+    if head is not None and not saved_head:
+        llama.add_head(name, head, generator(settings, stream, "head"))
     if kept := [f.name for f in fields(settings) if f.name in LORA and getattr(settings, f.name) != f.default]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
         warn(f"--init {settings.init}: {name} keeps its rank, alpha and targets; without effect on it: {flags}")
@@ -295,19 +299,21 @@ def open_reward(settings, llama, tokenizer, rows=()):
     if not folder.exists():  # a dry run, before there is a reward model
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
         return None, {}
-    level = reward_level(folder)
-    load_trained(llama, "reward", folder, head=True)
+    level, head = reward_fact(folder, "level"), "scalar" if peft_adapter.has_head(folder) else "likelihood"
+    load_trained(llama, "reward", folder, head=head == "scalar")
 
     def score(batch):
         return ppo.reward_scores(llama, batch, level)
 
-    return score, {"reward adapter": adapter_hash(folder), "reward level": level}
+    facts = {"reward adapter": adapter_hash(folder), "reward level": level}
+    return score, facts | ({"reward head": head} if head != "scalar" else {})
 
 
-def reward_level(folder):
-    """What the reward model of a folder scores: "token" or "sequence"."""
+def reward_fact(folder, name):
+    """What config.json says of the reward model of a folder; name: "level" or "head". Without one: the paper's."""
+    choices = {f.name: f.metadata["choices"] for f in fields(Reward)}[name]
     file = settings_file(folder)
-    level = read_json(file).get("level", "token") if file.is_file() else "token"
-    if level not in ("token", "sequence"):
-        raise UserError(f"{file}: level {level!r} is neither token nor sequence; correct the file")
-    return level
+    found = read_json(file).get(name, choices[0]) if file.is_file() else choices[0]
+    if found not in choices:
+        raise UserError(f"{file}: {name} {found!r} is neither {' nor '.join(choices)}; correct the file")
+    return found

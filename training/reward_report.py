@@ -8,6 +8,7 @@ import torch
 import data
 import eval as evaluation
 import ppo
+from beyond.hallucinations import KINDS
 from speed import shared_prompts
 from training import ranks
 from training.terminal import say
@@ -56,8 +57,9 @@ def heldout_scores(settings, llama, rows):
             tokens = score[b][batch.mask[b]]  # (n,)
             if row.kind == "positive":
                 truth = tokens  # its negatives follow it
-            elif row.span:
-                spans.setdefault(row.kind, []).append(span_means(truth, tokens, row.span))
+            elif row.judged and row.kind in KINDS:
+                span = row.judged[0], row.judged[-1] + 1
+                spans.setdefault(row.kind, []).append(span_means(truth, tokens, span))
     return scores, spans, loss / sum(row.weight for row in rows)
 
 

@@ -206,6 +206,11 @@ class Reward(Training):
         "score each token (P 3.2), or the sequence by its last token (beyond P)",
         choices=("token", "sequence"),
     )
+    head: str = opt(
+        "scalar",
+        "what scores a token: a scalar head at its own state (P 3.2), or its likelihood under the adapter (beyond P)",
+        choices=("scalar", "likelihood"),
+    )
     hallucinations: str = opt(
         "off",
         "more negatives: the truth with one edit; labelled bad: its span, or the whole sequence (beyond P)",
@@ -306,6 +311,18 @@ class Predict(Sample):
 
 
 @dataclass(frozen=True)
+class Judge(Common):
+    """whether a reward model's best of N outputs beats greedy answers: before hours of PPO, whether they can pay"""
+
+    reward: str = opt("", "as of ppo [<output-dir>/reward]")
+    adapter: str = opt("mle", "adapter that answers: base, mle, policy, or a folder")
+    best_of: int = opt(8, "samples of each input", least=2)
+    split: str = opt("validation", "examples to answer", choices=("train", "validation", "test"))
+    eval_examples: int = opt(200, "random subset of them", least=2)
+    length_penalty: float = opt(2.5, "as of ppo", least=0)
+
+
+@dataclass(frozen=True)
 class Merge(Common):
     """base and adapter as one dense model folder"""
 
@@ -320,6 +337,7 @@ COMMANDS = {
     "reward": Reward,
     "mle": Mle,
     "ppo": Ppo,
+    "judge": Judge,
     "eval": Eval,
     "tables": Tables,
     "report": Report,

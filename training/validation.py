@@ -75,7 +75,8 @@ def of_ppo(settings, llama, tokenizer, score):
 
 @torch.no_grad()
 def validate_ppo(settings, llama, tokenizer, score, rows):
-    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=settings.max_new_tokens, temperature=0)
+    limit = settings.max_new_tokens
+    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, temperature=0, with_logp=True)
     total = 0.0
     texts = []
     for batch in batches(settings, rows):
