@@ -17,10 +17,12 @@ Dimensions: B batch, T time (longest row of the batch).
 
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import toy as corpus
-from beyond.hallucinations import hallucinated
 from formats import tables
 from formats import tokenizer as tokenizers
 from formats.errors import UserError
@@ -45,6 +46,11 @@ def stream_seed(seed, *stream):
     """
     key = ":".join(map(str, (seed, *stream))).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed, *stream, device="cpu"):
+    """The random numbers of one named stream."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, *stream))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,19 +269,20 @@ NEGATIVES = {
 }
 
 
-def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=()):
+def with_negatives(data, tokenizer, limit, seed, edit=None, samples=()):
     """The true outputs and, for each, one negative of every class: label 0, weight 1/5 (paper, 3.2).
 
-    hallucinations: "off", or one more class, of which the edit's tokens alone count ("span") or all ("sequence").
-    samples: {one more class: a response for each true output}. Outputs labelled bad in the data set are one more,
-    "rejected", which weighs no more than another. All classes of a datum together weigh at most 1. A negative that
-    reads as a true output of the same source is none: the label would contradict itself. Returns a list of Datum, each
-    true output followed by its negatives, then the rejected ones. The same seed makes the same negatives.
+    edit: one more class, a function (datum, other, tokenizer, limit, rng) -> (kind, response, judged), see
+    beyond/hallucinations.py. samples: {one more class: a response for each true output}. Outputs labelled bad in the
+    data set are one more, "rejected", which weighs no more than another. All classes of a datum together weigh at most
+    1. A negative that reads as a true output of the same source is left out: the label would contradict itself.
+    Returns a list of Datum, each true output followed by its negatives, then the rejected ones. The same seed makes the
+    same negatives.
     """
     samples = dict(samples)
     positives = [datum for datum in data if datum.label]
     rejected = [datum for datum in data if not datum.label]
-    weight = 1 / (len(NEGATIVES) + (hallucinations != "off") + len(samples) + bool(rejected))
+    weight = 1 / (len(NEGATIVES) + bool(edit) + len(samples) + bool(rejected))
     partners = derangement([datum.target for datum in positives], random.Random(stream_seed(seed, "mismatched")))
     truths = defaultdict(set)  # source -> its true outputs
     for datum in positives:
@@ -287,10 +294,9 @@ def with_negatives(data, tokenizer, limit, seed, hallucinations="off", samples=(
         for kind, make in NEGATIVES.items():
             rng = random.Random(stream_seed(seed, "negative", kind, i))
             made.append((kind, make(datum, other, tokenizer, limit, rng), None))
-        if hallucinations != "off":
+        if edit:
             rng = random.Random(stream_seed(seed, "negative", "hallucination", i))
-            kind, response, span = hallucinated(datum, other or datum, tokenizer, limit, rng)
-            made.append((kind, response, tuple(range(*span)) if span and hallucinations == "span" else None))
+            made.append(edit(datum, other or datum, tokenizer, limit, rng))
         for kind, responses in samples.items():
             made.append((kind, responses[i], None))
         rows.append(datum)
@@ -375,12 +381,29 @@ def fraction(part, whole):
     return part.sum().item() / whole.sum().item()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Epochs: which rows are in which batch, as lists of row numbers, each row exactly once
+
+
+def epochs(rows, batch_size, seed, rows_per_prompt=1):
+    """The batches of epoch 0, 1, 2, … without end. A pure function of its arguments, so that a run can be resumed.
+
+    rows: list of Datum. rows_per_prompt: how many rows of one prompt come together at most, so that they can share a
+    pass over it (speed/shared_prompts.py); 0: all; 1: rows are shuffled one by one.
+    """
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
+    for epoch in itertools.count():
+        if rows_per_prompt == 1:
+            yield from batches(lengths, batch_size, seed, epoch)
+        else:
+            yield from grouped_batches(rows, batch_size, seed, epoch, rows_per_prompt)
+
+
 def batches(lengths, batch_size, seed, epoch, pool=16):
-    """Put rows of similar length into batches: a list of lists of row numbers, each row exactly once.
+    """One epoch of batches of rows of similar length.
 
     The rows are shuffled, cut into pools of 16 batches, sorted by length inside a pool, cut into batches, and the
-    batches shuffled: little padding, and every row is still equally likely at any time. The order is a pure function of
-    (seed, epoch). The last batch may be smaller.
+    batches shuffled: little padding, and every row is still equally likely at any time. The last batch may be smaller.
     """
     rng = np.random.default_rng(stream_seed(seed, "order", epoch))
     order = rng.permutation(len(lengths)).tolist()
@@ -391,8 +414,47 @@ def batches(lengths, batch_size, seed, epoch, pool=16):
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def epochs(rows, batch_size, seed):
-    """The batches of epoch 0, 1, 2, … without end, as lists of row numbers."""
-    lengths = [len(row.prompt) + len(row.response) for row in rows]
-    for epoch in itertools.count():
-        yield from batches(lengths, batch_size, seed, epoch)
+APART = {"positive": 0, "mismatched": 2}  # where in its group a row comes; the others: 1
+
+
+def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
+    """One epoch in which rows of one prompt come together, at most `most` (0: all) and half a batch.
+
+    Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
+    in one batch a tiny reward model may learn worse to tell them (docs/speed.md). rows: list of Datum. Groups are
+    shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows
+    on average.
+    """
+
+    def place(i):
+        return APART.get(rows[i].kind, 1)
+
+    rng = np.random.default_rng(stream_seed(seed, "order", epoch))
+    size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty
+    groups = []
+    for same in same_prompt(rows, rng.permutation(len(rows)).tolist()):
+        same = sorted(same, key=place)
+        groups += [same[i : i + size] for i in range(0, len(same), size)]
+    groups = [groups[i] for i in rng.permutation(len(groups))]
+    number = math.ceil(len(rows) / batch_size)
+    pool_size = max(1, pool * len(groups) // number)
+    found = [[] for _ in range(number)]
+    done = 0
+    for start in range(0, len(groups), pool_size):
+        for group in sorted(groups[start : start + pool_size], key=partial(layout_length, rows)):
+            found[int((done + len(group) / 2) * number / len(rows))] += group
+            done += len(group)
+    return [found[i] for i in rng.permutation(number)]
+
+
+def same_prompt(rows, order):
+    """The row numbers of `order`, those with the same prompt together: a list of lists."""
+    groups = defaultdict(list)
+    for i in order:
+        groups[tuple(rows[i].prompt)].append(i)
+    return list(groups.values())
+
+
+def layout_length(rows, group):
+    """Tokens of one prompt with the responses of a group of row numbers."""
+    return len(rows[group[0]].prompt) + sum(len(rows[i].response) for i in group)

@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from beyond.words import UnicodeTokenizer, choose_tokenizer, count_words
+from formats.words import UnicodeTokenizer, choose_tokenizer, count_words
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")

@@ -5,6 +5,7 @@
     python lastmile.py reward     a token-level reward model                   -> <output-dir>/reward
     python lastmile.py mle        the maximum-likelihood control               -> <output-dir>/mle
     python lastmile.py ppo        policy and value against the reward model    -> <output-dir>/ppo/{policy,value}
+    python lastmile.py judge      whether the reward model's picks beat greedy answers
     python lastmile.py eval       predictions and scores of base, mle, policy  -> <output-dir>/eval
     python lastmile.py tables     the paper's Tables 1 and 2, ours beside the paper's
     python lastmile.py report     curves, tables, outputs token by token       -> <output-dir>/report.html
@@ -12,24 +13,24 @@
     python lastmile.py predict    outputs for a file of inputs                 -> --output FILE.jsonl
     python lastmile.py merge      base and adapter as one dense model          -> <output-dir>/merge
 
-This file contains the training loops: base, reward model, control, PPO. Every loop processes a batch in the same way:
+This file contains everything that turns a loss into a change of weights: the loop that all stages share (`train`), the
+learning rate, AdamW with its clip, and of each stage what is its own. A batch goes one way:
 
-    load -> encode -> batches -> collate -> llama(tokens, adapter) -> loss -> backward -> update -> log
+    load -> encode -> epochs -> collate -> act -> llama(tokens, adapter) -> loss -> backward -> update -> log
 
-PPO samples the batch's outputs after `collate`, every second time, and judges them before the loss.
+Only PPO acts: it samples the outputs of every second batch. Read next: data.py, model.py (with lora.py and quant.py),
+ppo.py, eval.py. What protects a run is in safety/, what talks to the user in interface/.
 
-A loop trains one stage; its step function makes one update. What all stages share (settings, folders, resume, log) is
-in training/, and so are the last three commands (training/use.py). Read next: data.py, model.py (with lora.py and
-quant.py), ppo.py, eval.py.
-
-Paper: Solway 2024, arXiv 2408.16753. Dimensions: B batch, T time.
+Paper: Solway 2024, arXiv 2408.16753. AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Dimensions: B batch, T time.
 """
 
 import gc
+import itertools
+import math
 import os
 import sys
 
-from training import command_line
+from interface import command_line
 
 if __name__ == "__main__":
     command_line.check_early(sys.argv[1:], __doc__)  # answers --help and wrong flags before torch is imported
@@ -49,35 +50,148 @@ import eval as evaluation
 import model
 import ppo
 from beyond import best_of, reward_function
-from beyond.samples import adapter_hashes, load_with_negatives
+from beyond.samples import add_negatives, check_missing
 from formats.errors import UserError
-from speed import shared_prompts
-from toy import chatter
-from training import ranks, results, use, validation
-from training.checkpoint import model_hash
-from training.dry_run import calibration_memory, dry_run
-from training.files import write_json
-from training.folders import command, require, stage_folder
-from training.inputs import (
-    column_names,
-    generator,
-    load_column,
+from interface import results, use
+from interface.folders import command, require, stage_folder
+from interface.inputs import (
+    adapter_hashes,
+    adapter_names,
     load_examples,
+    load_named,
     load_rows,
     new_adapter,
     open_base,
     open_reward,
     start_adapter,
     subsample,
+    validation_rows,
     warn_of_overlap,
     warn_of_short_groups,
 )
-from training.optimizer import Optimizer
-from training.outputs import save_model, save_trained
-from training.predictions import continued, depends_on
-from training.reward_report import reward_report
-from training.run import Run
-from training.terminal import progress, say
+from interface.outputs import save_model, save_trained
+from interface.plan import end_dry_run
+from interface.predictions import continued, depends_on
+from interface.reward_report import reward_report
+from safety import ranks, validation
+from safety.files import write_json
+from safety.run import Run
+from safety.terminal import progress, say
+from speed import shared_prompts
+from toy import chatter
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop that all stages share
+
+
+def number_of_steps(settings, rows):
+    """How many steps a run takes: all epochs, or --max-steps."""
+    return settings.max_steps or settings.epochs * math.ceil(len(rows) / settings.batch_size)
+
+
+def learning_rate(step, steps, peak, warmup_steps=0):
+    """Linear warm-up to the peak, times a cosine from 1 to 0 over all steps (paper, 3.1)."""
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Optimizer:
+    """AdamW over one or more groups of fp32 parameters, each group with its own gradient clip.
+
+    optimizer.backward(loss, share)   once for each micro-batch
+    optimizer.step(learning_rate)     once for each batch
+    Weight decay 0, and a clip for each adapter: our choices where the paper is silent.
+    """
+
+    def __init__(self, *groups, max_grad_norm):
+        """groups: lists of parameters, for example those of the policy and those of the value adapter."""
+        self.groups = groups
+        self.parameters = list(itertools.chain(*groups))
+        self.max_grad_norm = max_grad_norm
+        self.loss = 0.0  # of the batch, summed over its micro-batches
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.adamw = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.0)
+
+    def backward(self, loss, share=1.0):
+        """Add the gradients of one micro-batch. share: of its loss in that of the whole batch."""
+        (loss * share).backward()
+        self.loss += loss.item() * share
+
+    def step(self, learning_rate):
+        """One update, by the gradients of all ranks. Returns the gradient norm of the first group before clipping.
+
+        Raises FloatingPointError, and makes no update, if the loss or a norm is not finite.
+        """
+        loss, self.loss = ranks.sum_gradients(self.parameters, self.loss), 0.0
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.max_grad_norm).item() for group in self.groups]
+        if not all(math.isfinite(number) for number in (loss, *norms)):
+            raise FloatingPointError(f"loss {loss}, gradient norms {norms}: not finite, no update made")
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norms[0]
+
+    def start_again(self, group):
+        """Forget a group's moments and how many updates it had, as if its next were its first."""
+        for parameter in group:
+            self.adamw.state.pop(parameter, None)
+
+
+def unchanged(step, batch):
+    return batch
+
+
+def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged, **protection):
+    """The loop of every stage: a batch, an update and a line of the log, for all epochs or --max-steps.
+
+    rows: list of Datum. update: (step, Batch, learning rate) -> {metric: number}, which changes the weights.
+    act: (step, Batch) -> Batch, which replaces the batch's responses. protection: what else safety.run.Run wants to
+    know: on what the result depends, how to validate it, which metrics the progress bar shows.
+    """
+    s = settings
+    steps = number_of_steps(s, rows)
+    order = data.epochs(rows, s.batch_size, s.seed, rows_per_prompt(s))
+    end_dry_run(s, llama, rows, steps, optimizer.parameters, partial(try_largest, s, rows, update, act))
+    with Run(folder, stage, s, rows, optimizer, steps, llama.folder, **protection) as run:
+        for step, index in enumerate(itertools.islice(order, run.first, steps), run.first):
+            batch = data.collate([rows[i] for i in index], s.device)
+            run.begin_step(step, batch)
+            batch = act(step, batch)
+            rate = learning_rate(step, steps, s.learning_rate, getattr(s, "warmup_steps", 0))
+            numbers = update(step, batch, rate)
+            run.log(step, batch, learning_rate=rate, **numbers)
+            run.end_step()
+
+
+def try_largest(settings, rows, update, act):
+    """One update on the largest batch of an epoch, at a rate of 0: what --dry-run measures."""
+    order = data.epochs(rows, settings.batch_size, settings.seed, rows_per_prompt(settings))
+    epoch = itertools.islice(order, math.ceil(len(rows) / settings.batch_size))
+    made = [data.collate([rows[i] for i in index], settings.device) for index in epoch]
+    update(0, act(0, max(made, key=padded_tokens)), 0.0)
+
+
+def padded_tokens(batch):
+    return batch.tokens.numel()
+
+
+def rows_per_prompt(settings):
+    """How many rows of one prompt share a batch (see data.epochs): in the reward stage alone do several have one."""
+    return settings.rows_per_prompt if getattr(settings, "share_prompts", False) else 1
+
+
+def average_batch(settings, amounts):
+    """How much of something (tokens, weights) an average batch contains; amounts: how much each row contains.
+
+    The losses of reward and mle are divided by this and not by what their own batch contains. Rows of similar length
+    share a batch: divided by its own tokens, a batch of long rows would weigh each of them less than in a plain
+    shuffle. PPO averages over its own batch, as equation 3 says; how long its samples are is not known beforehand.
+    """
+    rows = min(settings.batch_size, len(amounts))  # few data make one small batch
+    return rows * sum(amounts) / len(amounts)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The base: a small one from scratch, or any Llama to 4 bits
@@ -106,17 +220,16 @@ def pretrain(settings):
             head_dim=s.hidden_size // s.num_attention_heads,
             eos_token_id=(tokenizer.eos,),
         )
-        llama = model.initialize(config, generator(s, "pretrain"))
+        llama = model.initialize(config, data.generator(s.seed, "pretrain"))
         llama.recompute = s.grad_checkpoint
-        if s.dry_run:
-            return dry_run(s, llama.to("meta"), rows, ["base"])
         llama.to(s.device)
         optimizer = Optimizer(list(llama.parameters()), max_grad_norm=s.max_grad_norm)
-        with Run(folder, "pretrain", s, rows, optimizer, bar=["loss"]) as run:
-            for step, rate, batch in run.batches(s.warmup_steps):
-                tokens = batch.mask.sum().item()
-                numbers = mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, dtype)
-                run.log(step, batch, learning_rate=rate, **numbers)
+
+        def update(step, batch, rate):
+            tokens = batch.mask.sum().item()
+            return mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, dtype)
+
+        train("pretrain", s, folder, llama, rows, optimizer, update)
         model.save(llama, folder)
 
 
@@ -147,8 +260,7 @@ def quantize(settings):
         if llama.config.quantization:
             raise UserError(f"{settings.model}: already quantized; name an fp16 or fp32 model: --model FOLDER")
         rows = load_rows(settings, "train", llama, tokenizer, settings.calibration_examples)
-        if settings.dry_run:
-            return dry_run(settings, llama, rows, extra=calibration_memory(llama, rows))
+        end_dry_run(settings, llama, rows)
         warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
         bar = progress("quantize", "block")
@@ -165,32 +277,49 @@ def quantize(settings):
 
 def train_reward(settings):
     """The reward model: score 1 for every token of the truth, 0 for every token of a negative (paper, 3.2)."""
-    columns = column_names("--samples", settings.samples) if settings.samples else []
+    names = adapter_names("--samples", settings.samples) if settings.samples else []
     if settings.level == "sequence" and settings.head == "likelihood":
         raise UserError("--level sequence reads one score, and --head likelihood scores single tokens; choose one")
     if settings.level == "sequence" and settings.hallucinations == "span":
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        rows, heldout = load_with_negatives(settings, llama, tokenizer, columns)
+        rows, heldout = rows_with_negatives(settings, llama, tokenizer, names)
         head = "normal" if settings.head == "scalar" else None
         depends_on = start_adapter(settings, llama, "reward", stream="lora", head=head)
-        if settings.dry_run:
-            return dry_run(settings, llama, rows, ["reward"], has_logits=head is None)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
-        depends_on |= adapter_hashes(settings, columns)
-        bar = ["loss", "positive", "negative"]
-        validate = validation.of_reward(settings, llama, heldout)
-        with Run(folder, "reward", settings, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
-            for step, rate, batch in run.batches():
-                numbers = reward_step(
-                    llama, batch, optimizer, rate, weight_per_batch, settings.level, settings.micro_batch_size,
-                    settings.share_prompts,
-                )  # fmt: skip
-                run.log(step, batch, learning_rate=rate, **numbers)
+
+        def update(step, batch, rate):
+            return reward_step(
+                llama, batch, optimizer, rate, weight_per_batch, settings.level, settings.micro_batch_size,
+                settings.share_prompts,
+            )  # fmt: skip
+
+        train(
+            "reward", settings, folder, llama, rows, optimizer, update,
+            depends_on=depends_on | adapter_hashes(settings, names), bar=["loss", "positive", "negative"],
+            validate=validation.of_reward(settings, llama, heldout),
+        )  # fmt: skip
         write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
         save_trained(settings, llama, tokenizer, "reward", folder)
+
+
+def rows_with_negatives(settings, llama, tokenizer, names):
+    """(rows to train on, of all rounds; held-out rows), each true output followed by its negatives.
+
+    names: of base, mle and policy those whose samples are negatives, too.
+    """
+    labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
+    heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
+    samplers = {name: load_named(settings, llama, name) for name in names}
+    add = partial(add_negatives, settings, llama, tokenizer, samplers)
+    rows = []
+    for round in range(settings.rounds):
+        rows += add(labelled, "train", round)
+    heldout = add(heldout, "validation")
+    check_missing(settings, rows, names)
+    return rows, heldout
 
 
 def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", micro_batch_size=0, shared=False):
@@ -200,11 +329,12 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
     once for all of its rows, see speed/shared_prompts.py.
     """
     scores = []
-    for part in ranks.share(batch).split(micro_batch_size):
+    mine, counts = ranks.share(batch)
+    for part in mine.split(micro_batch_size):
         layout = shared_prompts.lay_out(part) if shared else None
         score = ppo.token_scores(llama, part, layout)  # (B, T)
         loss = ppo.reward_loss(score, part, level)
-        optimizer.backward(loss, part.weight.sum().item() / weight_per_batch)
+        optimizer.backward(loss, counts * part.weight.sum().item() / weight_per_batch)
         scores.append(score.detach())
     grad_norm = optimizer.step(rate)
     score = ranks.whole(torch.cat(scores), len(batch.rows))  # (B, T)
@@ -216,17 +346,6 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
         "positive": mean_or_none(score, scored & good),
         "negative": mean_or_none(score, scored & ~good),
     }
-
-
-def average_batch(settings, amounts):
-    """How much of something (tokens, weights) an average batch contains; amounts: how much each row contains.
-
-    The losses of reward and mle are divided by this and not by what their own batch contains. Rows of similar length
-    share a batch: divided by its own tokens, a batch of long rows would weigh each of them less than in a plain
-    shuffle. PPO averages over its own batch, as equation 3 says; how long its samples are is not known beforehand.
-    """
-    rows = min(settings.batch_size, len(amounts))  # few data make one small batch
-    return rows * sum(amounts) / len(amounts)
 
 
 def mean_or_none(x, mask):
@@ -243,16 +362,18 @@ def train_mle(settings):
     with stage_folder(settings, "mle") as folder:
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
+        heldout = validation_rows(settings, llama, tokenizer, settings.eos_in_labels)
         depends_on = start_adapter(settings, llama, "mle", stream="lora")
-        if settings.dry_run:
-            return dry_run(settings, llama, rows, ["mle"])
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])
-        validate = validation.of_mle(settings, llama, tokenizer)
-        with Run(folder, "mle", settings, rows, optimizer, llama.folder, depends_on, ["loss"], validate) as run:
-            for step, rate, batch in run.batches():
-                numbers = mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
-                run.log(step, batch, learning_rate=rate, **numbers)
+
+        def update(step, batch, rate):
+            return mle_step(llama, batch, optimizer, rate, tokens_per_batch, settings.micro_batch_size)
+
+        train(
+            "mle", settings, folder, llama, rows, optimizer, update, depends_on=depends_on,
+            validate=validation.of_mle(settings, llama, heldout),
+        )  # fmt: skip
         save_trained(settings, llama, tokenizer, "mle", folder)
 
 
@@ -263,11 +384,12 @@ def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0
     weights are fp32.
     """
     logps = []
-    for part in ranks.share(batch).split(micro_batch_size):
+    mine, counts = ranks.share(batch)
+    for part in mine.split(micro_batch_size):
         with torch.autocast(llama.device.type, dtype, enabled=dtype != torch.float32):
             logp = ppo.response_logp(llama, part, adapter)  # (B, T)
         loss = ppo.mle_loss(logp, part.mask)
-        optimizer.backward(loss, part.mask.sum().item() / tokens_per_batch)
+        optimizer.backward(loss, counts * part.mask.sum().item() / tokens_per_batch)
         logps.append(logp.detach())
     grad_norm = optimizer.step(rate)
     logp = ranks.whole(torch.cat(logps), len(batch.rows))  # (B, T)
@@ -286,30 +408,34 @@ def train_ppo(settings):
         train_missing_reward(settings)
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
+        heldout = validation_rows(settings, llama, tokenizer)
         scorer, depends_on = open_reward(settings, llama, tokenizer, rows)
         depends_on |= add_actors(settings, llama)
-        if settings.dry_run:
-            return dry_run(settings, llama, rows, ["policy", "value"], samples=True)
         policy, value = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         optimizer = Optimizer(policy, value, max_grad_norm=settings.max_grad_norm)
-        bar = ["return", "reward", "length", "explained_variance"]
-        validate = validation.of_ppo(settings, llama, tokenizer, scorer)
-        with Run(folder, "ppo", settings, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
-            for step, rate, batch in run.batches():
-                # 1. Act: sample from the policy, or take the ground truth as the policy's own actions
-                truth = ppo.is_ground_truth(step, settings.ground_truth_fraction)
-                if not truth:
-                    limit = settings.max_new_tokens
-                    uniform = torch.rand(len(batch.rows), limit, generator=generator(settings, "rollout", step))
-                    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, with_logp=True)
-                    batch = ppo.rollout(batch, ranks.sharded(sampler, uniform.to(settings.device)))
-                # 2. Judge and learn
-                log_kl = step % settings.log_every == 0
-                policy_learns = step >= settings.value_warmup_steps
-                if step == settings.value_warmup_steps:
-                    optimizer.start_again(policy)  # its gradients were zero until here
-                numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl, policy_learns)
-                run.log(step, batch, ground_truth=truth, learning_rate=rate, **numbers)
+
+        def act(step, batch):
+            """Sample from the policy, or take the ground truth as the policy's own actions."""
+            if ppo.is_ground_truth(step, settings.ground_truth_fraction):
+                return batch
+            limit = settings.max_new_tokens
+            uniform = torch.rand(len(batch.rows), limit, generator=data.generator(settings.seed, "rollout", step))
+            sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, with_logp=True)
+            return ppo.rollout(batch, ranks.sharded(sampler, uniform.to(settings.device)))
+
+        def update(step, batch, rate):
+            """Judge the batch and learn from it; policy and value in one pass."""
+            if step == settings.value_warmup_steps:
+                optimizer.start_again(policy)  # its gradients were zero until here
+            log_kl, policy_learns = step % settings.log_every == 0, step >= settings.value_warmup_steps
+            numbers = ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl, policy_learns)
+            return {"ground_truth": batch.logp is None} | numbers
+
+        train(
+            "ppo", settings, folder, llama, rows, optimizer, update, act, depends_on=depends_on,
+            bar=["return", "reward", "length", "explained_variance"],
+            validate=validation.of_ppo(settings, llama, tokenizer, scorer, heldout),
+        )  # fmt: skip
         save_trained(settings, llama, tokenizer, "policy", folder / "policy")
         save_trained(settings, llama, tokenizer, "value", folder / "value")
 
@@ -317,24 +443,25 @@ def train_ppo(settings):
 def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
     """The update on one batch (paper, 3.3), or --ppo-epochs of them. Returns the metrics of the last.
 
-    scorer: Batch -> (B, T), the reward of every response token, see training.inputs.open_reward. policy_learns: False
+    scorer: Batch -> (B, T), the reward of every response token, see interface.inputs.open_reward. policy_learns: False
     while the value alone does, see --value-warmup-steps.
     """
-    parts = ranks.share(batch).split(settings.micro_batch_size)
+    mine, counts = ranks.share(batch)
+    parts = mine.split(settings.micro_batch_size)
     trajectories, first_logp = [], []  # one for each micro-batch
     for epoch in range(settings.ppo_epochs):
         passes = []
         for i, part in enumerate(parts):
             logp, value, entropy = ppo.actor_critic(llama, part, settings.entropy_coef > 0)  # (B, T) each
             if epoch == 0:
-                trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl))
+                trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl, counts))
                 first_logp.append(logp.detach())
             policy_loss = ppo.policy_loss(logp, trajectories[i], settings.clip_range)  # equation 3
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
             if settings.entropy_coef > 0:
                 policy_loss = policy_loss - settings.entropy_coef * ppo.masked_mean(entropy, part.mask)
             loss = value_loss + policy_learns * policy_loss  # no coefficient: disjoint adapters, each with its own clip
-            optimizer.backward(loss, data.fraction(part.mask, batch.mask))
+            optimizer.backward(loss, counts * data.fraction(part.mask, batch.mask))
             passes.append((logp.detach(), value.detach(), entropy.detach()))
         grad_norm = optimizer.step(rate)
     whole = partial(ranks.whole, rows=len(batch.rows))
@@ -351,14 +478,15 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
 
 
 @torch.no_grad()
-def judge(llama, batch, logp, value, scorer, settings, log_kl=False):
+def judge(llama, batch, logp, value, scorer, settings, log_kl=False, counts=1):
     """Score a batch, and compare it with the base where the KL is wanted; then its trajectory, see ppo.trajectory."""
     s = settings
     kl = None
     if s.kl_coef or log_kl:  # the base is the policy without its adapter: no second model
         kl = logp - ppo.response_logp(llama, batch, adapter=None)  # (B, T)
     reward = ppo.token_rewards(batch, scorer(batch), s.length_penalty, s.reward_clamp, kl, s.kl_coef)  # (B, T)
-    return ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl, s.whiten, ranks.total)
+    total = partial(ranks.total, counts=counts)
+    return ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl, s.whiten, total)
 
 
 def add_actors(settings, llama):
@@ -377,9 +505,7 @@ def train_missing_reward(settings):
         raise FileNotFoundError(f"{settings.reward}: no such folder; run: python lastmile.py {line}, and omit --reward")
     if settings.dry_run:
         return
-    llama, _ = open_base(replace(settings, dry_run=True))
-    llama.hash = model_hash(llama.folder)
-    add_actors(settings, llama)  # what PPO would refuse later, it refuses now
+    add_actors(settings, open_base(settings)[0])  # what PPO would refuse later, it refuses now
     say(f"ppo: no reward model in {settings.reward} yet; training it first")
     train_reward(command_line.reward_settings(settings))
     gc.collect()  # the layers of its base refer to each other: or there would be two bases in memory
@@ -388,11 +514,10 @@ def train_missing_reward(settings):
 def judge_reward(settings):
     """Best of N by the reward model, beside greedy answers, one sample and the oracle, on validation examples."""
     llama, tokenizer = open_base(settings)
-    adapter = load_column(settings, llama, settings.adapter)
+    adapter = load_named(settings, llama, settings.adapter)
     rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
     score, _ = open_reward(settings, llama, tokenizer, rows)
-    if settings.dry_run:
-        return dry_run(settings, llama, rows, samples=True)
+    end_dry_run(settings, llama, rows)
     found = best_of.best_of(settings, llama, tokenizer, rows, score, adapter, settings.best_of)
     best_of.show(settings, found)
 
@@ -403,14 +528,13 @@ def judge_reward(settings):
 
 def evaluate(settings):
     """Greedy predictions on the test split and their scores, for base, mle and policy, raw and cleaned."""
-    names = column_names("--adapters", settings.adapters)
+    names = adapter_names("--adapters", settings.adapters)
     evaluation.metrics_by_example([], [], "ascii")  # without rouge-score it ends here, not after the predictions
     with stage_folder(settings, "eval") as folder:
         llama, tokenizer = open_base(settings)
-        adapters = {name: load_column(settings, llama, name) for name in names}
+        adapters = {name: load_named(settings, llama, name) for name in names}
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
-        if settings.dry_run:
-            return dry_run(settings, llama, rows, samples=True)
+        end_dry_run(settings, llama, rows)
         warn_of_overlap(settings, rows)
         greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
@@ -434,8 +558,7 @@ def show_tables(settings):
     require(folder, "eval", settings)
     _, text = results.read_scores(folder, settings.beside)
     say(text)
-    if settings.dry_run:
-        return
+    end_dry_run(settings)
     (folder / "tables.md").write_text(f"{text}\n", encoding="utf-8")
     say(f"\nAll results are in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 

@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from formats.errors import UserError
-from speed.cpu import few_rows
 
 
 class LoRALinear(nn.Module):
@@ -60,8 +59,7 @@ class LoRALinear(nn.Module):
             return y
         A, B = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
         rows = x.flatten(0, -2)  # (M, K)
-        with few_rows(len(rows)):
-            return torch.addmm(y.flatten(0, -2), F.linear(rows, A), B.T, alpha=self.scaling[name]).view(y.shape)
+        return torch.addmm(y.flatten(0, -2), F.linear(rows, A), B.T, alpha=self.scaling[name]).view(y.shape)
 
     def merged(self, weight, name):
         """The base's weight with an adapter folded in: (N, K) fp32 -> (N, K) fp32."""

@@ -14,9 +14,8 @@ import data
 import eval as evaluation
 import model
 import ppo
-from training import ranks
-from training.inputs import generator
-from training.terminal import progress, say
+from safety import ranks
+from safety.terminal import progress, say
 
 METRIC = "la-rouge1-F1"
 
@@ -24,13 +23,13 @@ METRIC = "la-rouge1-F1"
 def best_of(settings, llama, tokenizer, rows, score, adapter, n):
     """{selection: {metric: array of one number an example}} for greedy answers, one sample and the best of n.
 
-    rows: list of Datum. score: Batch -> (B, T), see training.inputs.open_reward. adapter: that answers, see lora.py.
+    rows: list of Datum. score: Batch -> (B, T), see interface.inputs.open_reward. adapter: that answers, see lora.py.
     """
     s = settings
     limits = {"adapter": adapter, "max_new_tokens": s.max_new_tokens}
     greedy = ranks.sharded(partial(model.sample, llama, temperature=0, **limits))
     prompts = [row for row in rows for _ in range(n)]
-    rng = generator(s, "best of", device=s.device)
+    rng = data.generator(s.seed, "best of", device=s.device)
     sampler = partial(model.sample, llama, generator=rng, **limits)
     bar = progress("judge: greedy"), progress(f"judge: {n} samples")
     answers = evaluation.predict(rows, greedy, 32, list, bar[0])

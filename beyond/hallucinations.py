@@ -137,8 +137,11 @@ def edits(datum, other):
     return {kind: find(datum, other) for kind, find in EDITS.items()}
 
 
-def hallucinated(datum, other, tokenizer, limit, rng):
-    """The true output with one edit, of a kind drawn among those that apply: (kind, response, span), or three None."""
+def hallucinated(datum, other, tokenizer, limit, rng, whole=False):
+    """The true output with one edit, of a kind drawn among those that apply: (kind, response, judged), or three None.
+
+    judged: see data.Datum; the edit's tokens, or with `whole` None: all.
+    """
     found = edits(datum, other)
     for kind in rng.sample(KINDS, len(KINDS)):
         if not found[kind]:
@@ -148,7 +151,8 @@ def hallucinated(datum, other, tokenizer, limit, rng):
         rest = datum.target[end:]
         response = [*tokenizer.encode(text + rest), tokenizer.eos]
         if response != datum.response and len(response) <= limit:
-            return kind, response, touched(datum.response, response, len(rest), tokenizer.decode)
+            span = touched(datum.response, response, len(rest), tokenizer.decode)
+            return kind, response, None if whole else tuple(range(*span))
     return None, None, None
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from beyond.words import choose_tokenizer
 from formats.errors import UserError
+from formats.words import choose_tokenizer
 
 
 def rouge(source, reference, prediction, tokenizer="auto"):

@@ -28,8 +28,7 @@ import lastmile  # noqa: E402
 import model  # noqa: E402
 import ppo  # noqa: E402
 import quant  # noqa: E402
-from training import optimizer  # noqa: E402
-from training import settings as settings_module  # noqa: E402
+from interface import commands as settings_module  # noqa: E402
 
 SEED, RATE, CAP, UPDATES = 1337, 3e-3, 24, 48  # CAP: the most tokens of an output; UPDATES: of PPO
 PLAN = settings_module.Ppo(seed=SEED, max_new_tokens=CAP)  # the rest of PPO's settings are the paper's
@@ -119,7 +118,7 @@ def a_base(tokenizer, rows):
     wordy = rows[0].target + ENDING, OPENING + rows[1].target
     examples = [data.Example(row.id, row.source, text) for row, text in zip(rows, wordy, strict=True)]
     batch = data.collate(data.encode(examples, tokenizer)[0])
-    adamw = optimizer.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
+    adamw = lastmile.Optimizer(list(llama.parameters()), max_grad_norm=1.0)
     tokens = batch.mask.sum().item()
     for _ in range(60):
         loss = lastmile.mle_step(llama, batch, adamw, RATE, tokens, adapter=None)["loss"]
@@ -161,7 +160,7 @@ def reward_stage(llama, tokenizer, rows):
             f"{row.kind:<14} label {row.label:.0f}  weight {row.weight:.1f}  {visible(tokenizer.decode(row.response))}"
         )
 
-    adamw, scores = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
+    adamw, scores = lastmile.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0), []
     for _ in range(61):
         score = ppo.reward_scores(llama, batch)  # (B, T)
         scores.append([row[mask].tolist() for row, mask in zip(score, batch.mask, strict=True)])
@@ -191,7 +190,7 @@ def mle_stage(llama, tokenizer, batch):
     """Maximum likelihood of the truth, the control."""
     base = ppo.response_logp(llama, batch, None)  # (B, T)
     llama.add_adapter("mle", 32, 16.0, TARGETS, draw("lora"))
-    adamw, logps = optimizer.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
+    adamw, logps = lastmile.Optimizer(llama.adapter_parameters("mle"), max_grad_norm=1.0), []
     for _ in range(31):
         logps.append(ppo.response_logp(llama, batch, "mle").detach())
         lastmile.mle_step(llama, batch, adamw, RATE, batch.mask.sum().item())
@@ -247,7 +246,7 @@ def ppo_stage(llama, tokenizer, batch):
     """Section 3.3: batches sampled and true in turn, one update on each."""
     lastmile.add_actors(PLAN, llama)
     groups = (llama.adapter_parameters(name) for name in ("policy", "value"))
-    adamw = optimizer.Optimizer(*groups, max_grad_norm=1.0)
+    adamw = lastmile.Optimizer(*groups, max_grad_norm=1.0)
     scorer = functools.partial(ppo.reward_scores, llama)
     t = (batch.prompt_len + batch.ref_len)[0].item() - 1  # where row 0's reference ends
     rows = []

@@ -6,8 +6,8 @@ The colours are CSS variables of the page, so that the charts follow its light a
 import math
 import statistics
 
-from beyond.words import count_words
 from eval import COLUMNS
+from formats.words import count_words
 from report.template import macros
 
 STAGES = ("pretrain", "reward", "mle", "ppo")
@@ -202,7 +202,7 @@ def limits(series):
 def histograms(columns, tokenizer):
     """(charts, words a bar): words an output of each column, the reference outlined in each.
 
-    columns: {name: texts}; tokenizer: whose words are counted, see beyond.words.count_words.
+    columns: {name: texts}; tokenizer: whose words are counted, see formats.words.count_words.
     """
     words = {name: [count_words(text, tokenizer) for text in texts] for name, texts in columns.items()}
     longest = max(max(counts) for counts in words.values())

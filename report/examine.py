@@ -1,6 +1,6 @@
 """The outputs of some test inputs, token by token, with the numbers that PPO would learn from.
 
-Rewards come from the same function that the PPO loop scores with (training.inputs.open_reward): the reward model at its
+Rewards come from the function that the PPO loop scores with (interface.inputs.open_reward): the reward model at its
 level, or a reward function.
 """
 
@@ -12,18 +12,18 @@ import torch
 import data
 import ppo
 from beyond import reward_function
-from training.command_line import read_settings
-from training.dry_run import dry_run
-from training.folders import settings_file
-from training.inputs import load_trained, open_base, open_reward
-from training.settings import COMMANDS
+from interface.commands import COMMANDS
+from interface.folders import settings_file
+from interface.inputs import load_trained, open_base, open_reward
+from interface.plan import end_dry_run
+from interface.settings_files import read_settings
 
 
 def examine(settings, columns, rows):
     """(examples, note) for page.gallery: the reference and all outputs of some test inputs.
 
-    columns: what training.results.read_outputs returned; rows: numbers of test inputs. One pass of the reward model and
-    one of the value for each input. Without a reward, the texts alone.
+    columns: what interface.results.read_outputs returned; rows: numbers of test inputs. One pass of the reward model,
+    one of the value, for each input. Without a reward, the texts alone.
     """
     run = Path(settings.output_dir)
     shown = [name for name in columns if name not in ("id", "source")]
@@ -39,9 +39,7 @@ def examine(settings, columns, rows):
     has_value = (run / "ppo" / "value").is_dir()
     if has_value:
         load_trained(llama, "value", run / "ppo" / "value", head=True)
-    if settings.dry_run:
-        dry_run(settings, llama)
-        return [], ""
+    end_dry_run(settings, llama)
     cap = settings_of(run, "eval").max_new_tokens
     same = 0  # outputs whose tokens decode to their text
     for i, example in zip(rows, examples, strict=True):

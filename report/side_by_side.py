@@ -8,12 +8,12 @@ from pathlib import Path
 from eval import COLUMNS
 from formats.errors import UserError
 from formats.files import read_json
+from interface.folders import commit, settings_file
+from interface.results import read_scores
 from report.charts import CHARTS, STAGES, chart_of_runs, number
 from report.page import Section, split_cells
 from report.template import macros
 from report.write import logs_of, save
-from training.folders import commit, settings_file
-from training.results import read_scores
 
 PLACES = ("pretrain", "base", "reward", "mle", "ppo", "eval")  # the folders of stages that keep their settings
 UNIMPORTANT = (

@@ -3,26 +3,26 @@
 from pathlib import Path
 
 from formats.files import read_json
+from interface.folders import commit, settings_file
+from interface.inputs import subsample
+from interface.plan import end_dry_run
+from interface.results import read_lines, read_outputs, read_scores
 from report import page
 from report.charts import STAGES
 from report.examine import examine
-from training.files import clear, sync
-from training.folders import commit, settings_file
-from training.inputs import subsample
-from training.results import read_lines, read_outputs, read_scores
-from training.terminal import say, visible
-from training.validation import BEST
+from safety.files import clear, sync
+from safety.terminal import say, visible
+from safety.validation import BEST
 
 
 def write(settings):
-    """One HTML file about everything in the run's folder. settings: training.settings.Report."""
+    """One HTML file about everything in the run's folder. settings: interface.settings.Report."""
     run = Path(settings.output_dir)
     sections = sections_of(settings, run)
     if not sections:
         command = f"python lastmile.py reward --data {settings.data} --output-dir {run}"
         raise FileNotFoundError(f"{run}: no stage has run there yet; run: {command}")
-    if settings.dry_run:
-        return
+    end_dry_run(settings)
     save(run / "report.html", Path(settings.data).stem, f"{run}, reported by lastmile {commit()}", sections)
 
 

@@ -8,21 +8,16 @@ one row, prompt first, with positions that restart after it:
     b1 sees     p0 p1 p2           b0 b1
 
 Every response sees the prompt and itself: its states are those that it has in a row of its own (--no-share-prompts,
-the plain equivalent). Rows that are to share a pass must be in one batch: `epochs` composes such batches.
+the plain equivalent). Rows that are to share a pass must be in one batch: `data.epochs` composes such batches.
 
 Dimensions: B rows, G groups, S tokens of the longest group, P of the shortest prompt, n response tokens of all rows.
 """
 
-import itertools
-import math
-from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
 
-import data
+from data import layout_length, same_prompt
 
 
 @dataclass(frozen=True)
@@ -74,57 +69,3 @@ def lay_out(batch):
     visible = causal & ((key == 0) | (key == query))  # (G, S - P, S); padding is a prompt that nobody sees
     tensors = [tokens, positions, visible[:, None], torch.cat(places), torch.cat(before)]
     return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])
-
-
-def epochs(rows, batch_size, seed, rows_per_prompt):
-    """`data.epochs` for shared prompts: at most rows_per_prompt rows of a prompt come together (0: all; 1: no two)."""
-    if rows_per_prompt == 1:
-        yield from data.epochs(rows, batch_size, seed)  # without end
-    for epoch in itertools.count():
-        yield from grouped_batches(rows, batch_size, seed, epoch, rows_per_prompt)
-
-
-APART = {"positive": 0, "mismatched": 2}  # where in its group a row comes; the others: 1
-
-
-def grouped_batches(rows, batch_size, seed, epoch, most, pool=16):
-    """`data.batches` for shared prompts: rows of one prompt come together, at most `most` (0: all) and half a batch.
-
-    Of a datum's six rows by three, the truth comes apart from the mismatched output, which is most like it: with both
-    in one batch a tiny reward model may learn worse to tell them (docs/speed.md). rows: list of Datum. Groups are
-    shuffled, cut into pools, sorted and dealt as single rows are; as a group is not cut, a batch has batch_size rows
-    on average.
-    """
-
-    def place(i):
-        return APART.get(rows[i].kind, 1)
-
-    rng = np.random.default_rng(data.stream_seed(seed, "order", epoch))
-    size = min(most or batch_size, max(1, batch_size // 2))  # larger ones would leave batches empty
-    groups = []
-    for same in same_prompt(rows, rng.permutation(len(rows)).tolist()):
-        same = sorted(same, key=place)
-        groups += [same[i : i + size] for i in range(0, len(same), size)]
-    groups = [groups[i] for i in rng.permutation(len(groups))]
-    number = math.ceil(len(rows) / batch_size)
-    pool_size = max(1, pool * len(groups) // number)
-    found = [[] for _ in range(number)]
-    done = 0
-    for start in range(0, len(groups), pool_size):
-        for group in sorted(groups[start : start + pool_size], key=partial(layout_length, rows)):
-            found[int((done + len(group) / 2) * number / len(rows))] += group
-            done += len(group)
-    return [found[i] for i in rng.permutation(number)]
-
-
-def same_prompt(rows, order):
-    """The row numbers of `order`, those with the same prompt together: a list of lists."""
-    groups = defaultdict(list)
-    for i in order:
-        groups[tuple(rows[i].prompt)].append(i)
-    return list(groups.values())
-
-
-def layout_length(rows, group):
-    """Tokens of one prompt with the responses of a group of row numbers."""
-    return len(rows[group[0]].prompt) + sum(len(rows[i].response) for i in group)

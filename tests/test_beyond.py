@@ -17,8 +17,8 @@ import data
 import lastmile
 import ppo
 from beyond import hallucinations, reward_function
-from training import inputs
-from training import run as run_module
+from interface import inputs
+from safety import run as run_module
 
 SMALL = "--train-examples 8 --eval-examples 6 --max-steps 4 --max-new-tokens 40 --log-every 1"
 

@@ -16,8 +16,8 @@ import torch
 
 import lastmile
 import model
-from training import chat
-from training.chat import Output, read_text
+from interface import chat
+from interface.chat import Output, read_text
 
 TEXT = "Amy: Shall we go?\nBen: Yes, at six!"
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import data
+import lastmile
 import lora
 import model
 import quant
 from speed import cpu_decoder
-from training.optimizer import Optimizer
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
@@ -84,7 +84,7 @@ def test_an_update_is_seen(run_folder, prompts):
     parameters = llama.adapter_parameters("policy")
     for parameter in parameters:
         parameter.requires_grad_(True).grad = torch.ones_like(parameter)
-    Optimizer(parameters, max_grad_norm=1.0).step(0.1)
+    lastmile.Optimizer(parameters, max_grad_norm=1.0).step(0.1)
     model.sample(llama, prompts, "policy", 10, 0)
     assert llama.prepared is not first
 

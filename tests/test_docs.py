@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from training import folders
+from interface import folders
 
 PAGES = sorted([*folders.ROOT.glob("*.md"), *(folders.ROOT / "docs").glob("*.md")])
 MODULES = [file.stem for file in folders.ROOT.glob("*.py")]
@@ -49,7 +49,7 @@ def test_no_link_is_dead(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_exists(page):
-    """`ppo.gae`, `training.run.Run`, `formats/tables.py`: what a page names in backticks is still there."""
+    """`ppo.gae`, `safety.run.Run`, `formats/tables.py`: what a page names in backticks is still there."""
     for name in re.findall(r"`([\w./]+)`", page.read_text(encoding="utf-8")):
         if re.fullmatch(r"[\w/]+\.(py|md|toml|svg|css|js|html)", name) and "/" in name:
             places = [folders.ROOT / name, page.parent / name]

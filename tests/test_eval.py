@@ -13,7 +13,7 @@ import data
 import eval as ev
 import lastmile
 from beyond import reward_function
-from beyond.words import choose_tokenizer, count_words
+from formats.words import choose_tokenizer, count_words
 
 WORDS = ["amy", "ben", "chess", "park", "noon", "friday", "the", "a", "at", "will", "meet", "play", "go", "cake"]
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import _http
 
 import data
 import lastmile
-from training import folders
+from interface import folders
 
 WANTED = {
     "config.json", "quantize_config.json", "generation_config.json", "model.safetensors", "tokenizer.model",

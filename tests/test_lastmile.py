@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 import lastmile
 from formats import llama_folder
 from formats.errors import UserError
-from training import command_line, dry_run, folders, optimizer, ranks, terminal
-from training import run as run_module
-from training import settings as settings_module
-from training.run import resident_memory, return_free_memory
+from interface import command_line, dry_run, folders
+from interface import commands as settings_module
+from safety import ranks, terminal
+from safety import run as run_module
+from safety.run import resident_memory, return_free_memory
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -119,7 +120,7 @@ def test_value_warmup_leaves_the_policy_alone(fresh_run, reward):
             moved[steps, name] = largest.item()
     assert moved[3, "policy"] == 0 < moved[3, "value"] and moved[2, "value"] > 0
     # AdamW's first update of a weight has the size of the rate; counted as its third, it was half of that.
-    assert moved[2, "policy"] == pytest.approx(run_module.learning_rate(2, 3, 3e-3), rel=1e-3)
+    assert moved[2, "policy"] == pytest.approx(lastmile.learning_rate(2, 3, 3e-3), rel=1e-3)
 
 
 def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
@@ -611,7 +612,7 @@ def test_free_memory_goes_back_between_steps(monkeypatch):
     """Freed blocks between live ones stay with the C library and add to the peak, unless they are returned."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc has malloc_trim")
-    monkeypatch.setattr("training.run.LARGE_PROCESS", 0)
+    monkeypatch.setattr("safety.run.LARGE_PROCESS", 0)
     blocks = [bytearray(b"1" * 100_000) for _ in range(2000)]
     kept, before = blocks[::50], resident_memory()
     del blocks
@@ -1187,9 +1188,9 @@ def test_no_datum_weighs_less_for_the_company_it_keeps(fresh_run, monkeypatch, s
     number in every batch, and a whole epoch adds up to its number of batches.
     """
     shares, batches = [], []
-    add, log = optimizer.Optimizer.backward, run_module.Run.log
+    add, log = lastmile.Optimizer.backward, run_module.Run.log
     monkeypatch.setattr(
-        optimizer.Optimizer, "backward", lambda self, loss, share=1.0: shares.append(share) or add(self, loss, share)
+        lastmile.Optimizer, "backward", lambda self, loss, share=1.0: shares.append(share) or add(self, loss, share)
     )
     monkeypatch.setattr(
         run_module.Run, "log", lambda self, step, batch, **n: batches.append(batch) or log(self, step, batch, **n)

@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from training import folders
+from interface import folders
 
 FILES = (
     "pretrain/model.safetensors",

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import model
 from formats import llama_folder
+from interface import estimate, folders
+from interface.use import merge_adapter
 from speed import cpu as cpu_speed
 from speed.shared_prompts import SharedPrompts
-from training import estimate, folders
-from training.use import merge_adapter
 
 RAGGED = [[1], [5, 6, 7, 8], [3, 9] * 5, [4, 11]]
 SHAPES = {

@@ -11,7 +11,7 @@ from helpers import contents
 import data
 import lastmile
 import model
-from training.terminal import visible
+from safety.terminal import visible
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import lastmile
 from formats.errors import UserError
-from training import ranks
+from safety import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs commands one after the other, each by a store of its own, and ends with the largest of their codes.

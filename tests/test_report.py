@@ -17,10 +17,11 @@ import lastmile
 import model
 import ppo
 from beyond import reward_function
+from interface import command_line, inputs, results
 from report import charts, examine
 from report import page as page_module
 from report import write as report_writer
-from training import command_line, inputs, results, terminal
+from safety import terminal
 
 HOSTILE = "</script></style><img src=x onerror=alert(1)>\"'&amp;\x1b[31m\u202e{}"
 SHOWN = terminal.visible(HOSTILE)

@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 
 import lastmile
 from formats import llama_folder
-from training import checkpoint as checkpoint_files
-from training import files as training_files
-from training import folders, terminal
-from training import run as run_module
+from interface import folders
+from safety import checkpoint as checkpoint_files
+from safety import files as training_files
+from safety import run as run_module
+from safety import terminal
 
 BASE = "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 2 --num-key-value-heads 1"
 STAGES = {  # 14 rows in batches of 4: three epochs, each with a smaller last batch, in 12 steps

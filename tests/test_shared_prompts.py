@@ -16,7 +16,6 @@ import lora
 import model
 import ppo
 from speed import shared_prompts
-from training.optimizer import Optimizer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -152,7 +151,7 @@ def test_a_step_is_the_same_step(run_folder, ragged):
     found = []
     for shared in (False, True):
         llama = loaded(run_folder / "pretrain")
-        optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
+        optimizer = lastmile.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
         numbers = lastmile.reward_step(llama, data.collate(ragged), optimizer, 1e-3, 5.0, shared=shared)
         found.append((numbers, llama.adapter_parameters("reward")))
     (plain, expected), (same, parameters) = found

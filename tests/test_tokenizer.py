@@ -13,7 +13,7 @@ from test_data import train_bpe
 
 import data
 from formats import tokenizer as tokenizer_files
-from training import inputs
+from interface import inputs
 
 TEXTS = [e.source + "\n" + e.target for e in data.toy("test")[:120]]
 CHATML = (

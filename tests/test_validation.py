@@ -13,7 +13,7 @@ import eval as evaluation
 import lastmile
 import model
 import ppo
-from training import run as run_module
+from safety import run as run_module
 
 FLAGS = {  # stage: a short training that learns, and after which validation gets worse again
     "reward": "--train-examples 8 --batch-size 6 --max-steps 7 --max-new-tokens 40 --learning-rate 1e-2",

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import run  # noqa: E402  (goes to the repository's root and makes its files importable)
 
-from training import results  # noqa: E402
+from interface import results  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LABELS = {"faithful": "faithful", "wrong person": "said of the wrong person", "invented": "invented or contradicted",

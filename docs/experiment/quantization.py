@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import lastmile  # noqa: E402
-from training import inputs, settings, validation  # noqa: E402
-from training.files import write_json  # noqa: E402
-from training.folders import commit  # noqa: E402
+from interface import commands, inputs  # noqa: E402
+from interface.folders import commit  # noqa: E402
+from safety import validation  # noqa: E402
+from safety.files import write_json  # noqa: E402
 
 RUNS, RESULT = ROOT / "runs/quantization", ROOT / "docs/experiment/quantization.json"
 SHORT = "--max-input-tokens 250"
@@ -40,7 +41,7 @@ VARIANTS = {
 
 def perplexity(folder, source):
     """exp of the mean cross entropy of the validation outputs' tokens."""
-    s = settings.Mle(data=source, model=str(folder), device="cpu", dtype="float32", max_input_tokens=250)
+    s = commands.Mle(data=source, model=str(folder), device="cpu", dtype="float32", max_input_tokens=250)
     llama, tokenizer = inputs.open_base(s)
     rows = inputs.load_rows(s, "validation", llama, tokenizer)[:200]
     return math.exp(validation.validate_mle(s, llama, rows)["val_loss"])  # without an adapter mle, that of the base

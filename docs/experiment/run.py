@@ -26,8 +26,8 @@ import torch  # noqa: E402
 import eval as evaluation  # noqa: E402
 import lastmile  # noqa: E402
 from eval import COLUMNS  # noqa: E402
-from training import files as training_files  # noqa: E402
-from training import results  # noqa: E402
+from interface import results  # noqa: E402
+from safety import files as training_files  # noqa: E402
 
 RUNS = Path("runs/experiment")
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -20,7 +20,7 @@ sys.path.insert(0, os.getcwd())
 
 import lastmile  # noqa: E402
 from beyond import samples  # noqa: E402
-from training import command_line, inputs, reward_report  # noqa: E402
+from interface import command_line, inputs, reward_report  # noqa: E402
 
 ALL = "--model runs/toy/base --train-examples 600 --epochs 2"
 EVAL = "--adapters policy"

@@ -32,13 +32,13 @@ import lora  # noqa: E402
 import model  # noqa: E402
 import quant  # noqa: E402
 from eval import markdown  # noqa: E402
+from interface import commands as settings_module  # noqa: E402
+from interface import folders  # noqa: E402
+from safety.run import resident_memory  # noqa: E402
 from speed import cpu as cpu_speed  # noqa: E402
-from training import folders  # noqa: E402
-from training import settings as settings_module  # noqa: E402
-from training.run import resident_memory  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TARGETS = settings_module.Training.lora_targets.split(",")
+TARGETS = settings_module.Mle.lora_targets.split(",")
 SIZES = {  # name: width, MLP width, blocks, heads; embeddings tied, as in llama2.c's models of stories
     "15M": (288, 768, 6, 6),
     "42M": (512, 1376, 8, 8),

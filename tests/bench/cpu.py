@@ -47,7 +47,6 @@ import model
 import ppo
 from speed import shared_prompts
 from speed.cpu import multiplies_bf16
-from training import optimizer
 
 B, PROMPT, NEW = 7, 200, 50
 GOALS = {  # id: {size: (goal, stretch)}
@@ -271,7 +270,7 @@ def c4(size, seconds, results):
         order = itertools.islice(shared_prompts.epochs(rows, s.batch_size, 0, most), 3)  # an epoch
         batches[way] = [data.collate([rows[i] for i in index]) for index in order]
         assert sum(len(batch.rows) for batch in batches[way]) == len(rows)
-    update = optimizer.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
+    update = lastmile.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
     learned = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(learned, lr=1e-5, weight_decay=0.0)
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lastmile
 import lora
 import model
 import ppo
-from training import optimizer
 
 B = 7
 
@@ -192,7 +192,7 @@ def peak_of(bench, run):
 def as_peers(llama, batch, s):
     """The PPO update as five passes with logits everywhere; a function. check: only logp and value, (B, T) each."""
     groups = [llama.adapter_parameters(name) for name in ("policy", "value")]
-    update = optimizer.Optimizer(*groups, max_grad_norm=1.0)
+    update = lastmile.Optimizer(*groups, max_grad_norm=1.0)
 
     def logp_of(adapter):
         logits = llama.logits(llama(batch.tokens, adapter))[:, :-1]  # (B, T - 1, V)

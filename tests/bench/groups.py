@@ -17,10 +17,10 @@ import data
 import lastmile
 import ppo
 from beyond.samples import with_negatives
+from interface import command_line
+from interface.folders import commit
+from interface.inputs import load_rows
 from speed import shared_prompts
-from training import command_line
-from training.folders import commit
-from training.inputs import load_rows
 
 # name: --rows-per-prompt. Halves are of rows at random; contrast has the truth and the mismatched output in the same
 # half, apart in different ones.

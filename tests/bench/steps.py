@@ -13,8 +13,8 @@ import data
 import lastmile
 import lora
 import ppo
-from training import dry_run, optimizer
-from training import settings as settings_module
+from interface import commands as settings_module
+from interface import dry_run
 
 ADAPTERS = {"mle": ["mle"], "reward": ["reward"], "ppo": ["policy", "value"]}  # that learn, and pass together
 HEADS = {"value": "zero", "reward": "normal"}
@@ -39,7 +39,7 @@ def step(stage, llama, batch, s):
     """A function that does one step on the batch and returns its numbers. llama: with the stage's adapters."""
     llama.recompute = s.grad_checkpoint
     groups = [llama.adapter_parameters(name) for name in ADAPTERS[stage]]
-    update = optimizer.Optimizer(*groups, max_grad_norm=s.max_grad_norm)
+    update = lastmile.Optimizer(*groups, max_grad_norm=s.max_grad_norm)
     rate, micro = s.learning_rate, s.micro_batch_size
 
     if stage == "mle":

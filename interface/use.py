@@ -9,15 +9,16 @@ import data
 import model
 from formats.errors import UserError
 from formats.tables import read_inputs
+from interface import chat
+from interface.card import write_card
+from interface.folders import stage_folder
+from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
+from interface.outputs import save_model
+from interface.plan import end_dry_run
+from interface.predictions import Predictions, row_uniform
 from lora import lora_layers
-from training import chat, ranks
-from training.card import write_card
-from training.dry_run import dry_run, merged_memory
-from training.folders import stage_folder
-from training.inputs import adapter_folder, context_left, generator, load_column, load_columns, load_trained, open_base
-from training.outputs import save_model
-from training.predictions import Predictions, row_uniform
-from training.terminal import progress, say
+from safety import ranks
+from safety.terminal import progress, say
 
 
 def answer(settings, text):
@@ -25,11 +26,10 @@ def answer(settings, text):
     s = settings
     text = chat.given_text(text)
     llama, tokenizer = open_base(s)
-    adapters = load_columns(s, llama, s.adapter)
+    adapters = load_listed(s, llama, s.adapter)
     limit = context_left(s, llama)
-    if s.dry_run:
-        return dry_run(s, llama, samples=True)
-    rngs = {name: generator(s, "sample", device=s.device) for name in adapters}
+    end_dry_run(s, llama)
+    rngs = {name: data.generator(s.seed, "sample", device=s.device) for name in adapters}
 
     def answer_one(text):
         prompt = tokenizer.prompts([text])[0]
@@ -55,12 +55,10 @@ def predict(settings):
     s = settings
     inputs = read_inputs(s.input, s.input_column, s.delimiter)
     llama, tokenizer = open_base(s)
-    adapter = load_column(s, llama, s.adapter)
+    adapter = load_named(s, llama, s.adapter)
     prompts = tokenizer.prompts([source for _, source in inputs])
     limit = context_left(s, llama)
-    if s.dry_run:
-        rows = [data.Datum("", "", "", prompt, []) for prompt in prompts if len(prompt) <= limit]
-        return dry_run(s, llama, rows, samples=True)
+    end_dry_run(s, llama, [data.Datum("", "", "", prompt, []) for prompt in prompts if len(prompt) <= limit])
     file = Predictions(s, inputs, llama, tokenizer) if ranks.first() else None
     for rows in progress("predict")(ranks.from_first(file and file.batches())):
         short = [i for i in rows if len(prompts[i]) <= limit]
@@ -85,8 +83,7 @@ def merge(settings):
         load_trained(llama, "merged", adapter_folder(settings, settings.adapter))
         if llama.copies:
             raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
-        if settings.dry_run:
-            return dry_run(settings, llama, extra=merged_memory(settings, llama))
+        end_dry_run(settings, llama)
         merge_adapter(llama, "merged", getattr(torch, settings.dtype))
         save_model(settings, llama, tokenizer, folder)
         write_card(settings, llama.folder, folder, "merge")

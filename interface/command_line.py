@@ -1,6 +1,6 @@
 """The command line: flags and TOML files to settings, a command to its function, an error to one line and a code.
 
-    parse     flags as text -> (command, {setting: value}); needs no torch, so that --help answers at once
+    read      flags (interface/flags.py) and --config (interface/settings_files.py) -> settings
     resolve   fills in what depends on the data, the run's folder and the machine
     main      runs the command
 
@@ -8,137 +8,26 @@ Exit codes: 0 done; 2 bad input; 1 disk full or broken; 3 loss or gradient not f
 stopped by Ctrl-C or SIGTERM. Every error that is not a bug is one line on standard error.
 """
 
-import argparse
-import difflib
 import errno
 import importlib.util
-import json
 import os
 import re
 import signal
 import sys
-import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from formats.errors import UserError
-from training.settings import COMMANDS, LLAMA2, Common
-from training.terminal import LostRank, Stopped, Stream, say, visible
+from interface.commands import COMMANDS
+from interface.flags import parse
+from interface.settings import LLAMA2, Common
+from interface.settings_files import read_settings
+from safety.terminal import DryRun, LostRank, Stopped, Stream, say, visible
 
-TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
-LARGEST = 1e30  # of a setting without a limit of its own: fp32 holds it
 LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
 RESUME = "if training had started, add --resume to continue it; eval and predict continue when called again"
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Flags
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line instead of the whole usage."""
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            flags = {flag(f) for settings in COMMANDS.values() for f in fields(settings)}
-            message += "; other commands have it" if unknown[1] in flags else did_you_mean(unknown[1], flags)
-        self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
-
-
-def flag(field):
-    """batch_size -> --batch-size"""
-    return "--" + field.name.replace("_", "-")
-
-
-def did_you_mean(name, known):
-    """A suggestion for a mistyped name, or ""."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def out_of_range(field, value):
-    """What is wrong with a setting's value, or "": it must be within its limits, and one of its choices."""
-    limits = field.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        return f"not one of {', '.join(limits['choices'])}"
-    if field.type in (str, bool):
-        return "text that contains a NUL" if "\0" in str(value) else ""
-    inside = -LARGEST <= value <= LARGEST  # not so for nan
-    wanted = [] if inside else [f"between {-LARGEST} and {LARGEST}"]
-    if limits["least"] is not None:
-        wanted.append(f"at least {limits['least']}")
-        inside = inside and value >= limits["least"]
-    if limits["above"] is not None:
-        wanted.append(f"above {limits['above']}")
-        inside = inside and value > limits["above"]
-    if limits["most"] is not None:
-        wanted.append(f"at most {limits['most']}")
-        inside = inside and value <= limits["most"]
-    return "" if inside else f"out of range: must be {' and '.join(wanted)}"
-
-
-def converter(field):
-    """The function that turns a flag's text into its value."""
-
-    def convert(text):
-        value = field.type(text)
-        problem = out_of_range(field, value)
-        if problem:
-            raise argparse.ArgumentTypeError(f"{text} is {problem}")
-        return value
-
-    convert.__name__ = TYPE_NAMES[field.type]  # argparse says "invalid number value: 'x'"
-    return convert
-
-
-def help_text(field):
-    """A flag's help with its choices and its default."""
-    text = field.metadata["help"]
-    if field.metadata["choices"]:
-        text += f" {{{','.join(field.metadata['choices'])}}}"
-    if field.default != "":
-        toy = field.metadata["toy"]
-        text += f" [{field.default}]" if toy is None else f" [{field.default}; toy: {toy}]"
-    return text.replace("%", "%%")
-
-
-def add_flag(parser, field):
-    """Add the flag of a setting to a command's parser."""
-    if field.name == "resume":
-        parser.add_argument(flag(field), nargs="?", const="auto", help=help_text(field), metavar="PATH")
-    elif field.type is bool:
-        parser.add_argument(flag(field), action=argparse.BooleanOptionalAction, help=help_text(field))
-    else:
-        parser.add_argument(flag(field), type=converter(field), help=help_text(field), metavar="X")
-
-
-def dashed(argument):
-    """--batch_size=7 -> --batch-size=7. Anything that is not a flag stays as it is."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
-
-
-def parse(arguments, description=None):
-    """(command, {setting: value}, text) of a command line, as given. Exits with code 2 where a flag is wrong."""
-    parser = Parser(prog="lastmile.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for name, settings in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=settings.__doc__,
-            description=settings.__doc__,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
-        if name == "sample":
-            command.add_argument("text", nargs="?", help="the text [standard input]")
-        if name == "report":
-            command.add_argument("text", nargs="*", metavar="RUN", help="folders of runs to put side by side")
-        for field in fields(settings):
-            add_flag(command, field)
-    given = vars(parser.parse_args([dashed(argument) for argument in arguments]))
-    return given.pop("command"), given, given.pop("text", None)
 
 
 def check_early(arguments, description=None):
@@ -153,79 +42,6 @@ def check_early(arguments, description=None):
             code, message = diagnosis(error)
             say(f"lastmile.py: {one_line(message)}", file=sys.stderr)
             sys.exit(code)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of settings
-
-
-def read_settings(file, command, between=()):
-    """{setting: value} that a file contains for a command: TOML, or the config.json of a stage.
-
-    In TOML, keys before the first table are for every command that has such a setting, those in [ppo] for ppo only.
-    between: settings that override the former and are overridden by the latter.
-    """
-    tables = split_tables(read_raw(file))
-    known = {name: {f.name: f for f in fields(settings)} for name, settings in COMMANDS.items()}
-    known[""] = {}
-    for fields_of_command in known.values():
-        known[""] = known[""] | fields_of_command
-    found = {}
-    for table, values in tables.items():
-        if table not in known:
-            raise UserError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
-        place = f"{file}: [{table}]" if table else f"{file}:"
-        found[table] = check_table(values, known[table], place)
-    shared = {name: value for name, value in found[""].items() if name in known[command]}
-    return shared | dict(between) | found.get(command, {})
-
-
-def read_raw(file):
-    """The contents of a settings file: {key: value, or a table}."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-        raw = json.loads(text) if file.endswith(".json") else tomllib.loads(text)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config {file}: no such file; configs/ has examples") from None
-    except (ValueError, RecursionError) as error:  # a TOMLDecodeError or UnicodeDecodeError is a ValueError
-        raise UserError(f"{file}: unreadable settings: {error}; fix the file") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: unreadable settings: not a JSON object; fix the file")
-    if file.endswith(".json"):  # facts about that run, not settings for another
-        raw = {name: value for name, value in raw.items() if name not in ("stage", "commit", "overwrite", "resume")}
-    return raw
-
-
-def split_tables(raw):
-    """{command: its keys}, the keys outside of any table under ""."""
-    tables = {"": {}}
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            tables[name] = value
-        else:
-            tables[""][name] = value
-    return tables
-
-
-def check_table(values, known, place):
-    """{setting: value} of one table. Raises UserError for an unknown key, a wrong type or a value out of range."""
-    found = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        field = known.get(name)
-        if field is None:
-            raise UserError(f"{place} {key}: no such setting{did_you_mean(name, known)}")
-        if name in found:
-            raise UserError(f"{place} {key}: given twice, with a dash and with an underscore; remove one")
-        if field.type is float and type(value) is int:
-            value = float(str(value))  # inf, and so out of range, where it is too large
-        if type(value) is not field.type:
-            raise UserError(f"{place} {key}: {value!r} is not of type {field.type.__name__}")
-        problem = out_of_range(field, value)
-        if problem:
-            raise UserError(f"{place} {key}: {value!r} is {problem}")
-        found[name] = value
-    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,7 +175,7 @@ def diagnosis(error):
     if isinstance(error, MemoryError) or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.I):
         return 4, (
             "out of memory; in a training, --grad-checkpoint or a smaller --micro-batch-size changes no result; a "
-            "smaller --batch-size, --max-input-tokens or --max-new-tokens does; --dry-run estimates the need"
+            "smaller --batch-size, --max-input-tokens or --max-new-tokens does; --dry-run measures the need"
         )
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else error
@@ -378,7 +194,7 @@ def one_line(message):
 
 def main(functions, arguments=None):
     """Run a command. functions: {command: function of its settings}. Returns the exit code."""
-    from training import ranks
+    from safety import ranks
 
     finished = False  # once the outcome is settled, a signal has nothing to stop
 
@@ -401,6 +217,9 @@ def main(functions, arguments=None):
                 functions[command](settings, text)
             else:
                 functions[command](settings)
+            finished = True
+            return 0
+        except DryRun:
             finished = True
             return 0
         except (Exception, KeyboardInterrupt, Stopped) as error:

@@ -11,15 +11,17 @@ same bits as one never stopped.
 
 import hashlib
 import json
+import math
 import shutil
+from dataclasses import asdict, fields
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from formats.errors import UserError
 from formats.llama_folder import is_model
-from training.files import clear, digest, sync
-from training.settings import result_settings
+from safety.files import clear, digest, sync
 
 FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
 VERSION = 1  # of this layout
@@ -88,6 +90,12 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
     return found | {"data": texts, "prompt template or negatives": rows_hash(rows, ("kind", "prompt", "response"))}
 
 
+def result_settings(settings):
+    """{name: value} of the settings that can change a result. Paths are not among them: what they contain is hashed."""
+    values = asdict(settings)
+    return {f.name: values[f.name] for f in fields(settings) if f.metadata["result"]}
+
+
 def rows_hash(rows, names):
     """SHA-256 of the named fields of a list of Datum."""
     found = hashlib.sha256()
@@ -106,3 +114,45 @@ def adapter_hash(folder):
     if is_model(folder):
         return model_hash(folder)
     return digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state of lastmile.Optimizer
+
+
+def state_of(optimizer):
+    """{name: tensor} of everything the next update depends on: the weights, AdamW's moments and step counts."""
+    tensors = {f"weight.{i}": parameter.detach() for i, parameter in enumerate(optimizer.parameters)}
+    for i, moments in optimizer.adamw.state_dict()["state"].items():
+        for key, tensor in moments.items():
+            tensors[f"{key}.{i}"] = tensor
+    return tensors
+
+
+def restore_state(optimizer, tensors):
+    """Load what `state_of` returned. Raises UserError where the tensors belong to another model or are invalid."""
+    check_state(optimizer, tensors)
+    state = {}
+    for name, tensor in tensors.items():
+        key, _, i = name.rpartition(".")
+        if key == "weight":
+            optimizer.parameters[int(i)].detach().copy_(tensor)
+        else:
+            state.setdefault(int(i), {})[key] = tensor
+    optimizer.adamw.load_state_dict(optimizer.adamw.state_dict() | {"state": state})
+
+
+def check_state(optimizer, tensors):
+    """Raise UserError unless the tensors have the names, shapes and values of a state of these parameters."""
+    expected = {}
+    for i, parameter in enumerate(optimizer.parameters):
+        for key in ("weight", "exp_avg", "exp_avg_sq"):
+            expected[f"{key}.{i}"] = parameter.shape
+        expected[f"step.{i}"] = torch.Size([])
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise UserError("its tensors are not those of this model")
+    least = {"step": 1, "exp_avg_sq": 0}
+    for name, tensor in tensors.items():
+        low = least.get(name.rpartition(".")[0], -math.inf)
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all() or tensor.min() < low:
+            raise UserError(f"{name} contains invalid values")

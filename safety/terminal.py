@@ -17,8 +17,12 @@ class Stopped(BaseException):  # like KeyboardInterrupt: no library's `except Ex
         self.signal = number
 
 
+class DryRun(Exception):
+    """--dry-run has printed what it can; the command ends here, well."""
+
+
 class LostRank(Exception):
-    """An exchange with the other ranks failed (see training/ranks.py): one has ended, or did not answer in time."""
+    """An exchange with the other ranks failed (see safety/ranks.py): one has ended, or did not answer in time."""
 
 
 class Shown:

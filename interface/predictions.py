@@ -21,11 +21,11 @@ import torch
 
 from data import stream_seed
 from formats.errors import UserError
-from training import ranks
-from training.checkpoint import adapter_hash
-from training.files import sync, write_json
-from training.inputs import adapter_folder
-from training.terminal import say
+from interface.inputs import adapter_folder
+from safety import ranks
+from safety.checkpoint import adapter_hash
+from safety.files import sync, write_json
+from safety.terminal import say
 
 
 def row_uniform(settings, rows):

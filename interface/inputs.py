@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,19 +18,15 @@ from formats.files import read_json, read_text
 from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
 from formats.tables import PRESETS
-from training.checkpoint import adapter_hash, model_hash
-from training.files import digest
-from training.folders import require, settings_file
-from training.settings import LORA, Reward
-from training.terminal import say, warn
+from interface.folders import require, settings_file
+from interface.settings import LORA
+from interface.training_settings import Reward
+from safety.checkpoint import adapter_hash, model_hash
+from safety.files import digest
+from safety.terminal import say, warn
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt", "README.md"]
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
-
-
-def generator(settings, *stream, device="cpu"):
-    """The random numbers of one named stream, a pure function of --seed and the name."""
-    return torch.Generator(device).manual_seed(data.stream_seed(settings.seed, *stream))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,17 +43,17 @@ def base_folder(settings):
 
 
 def open_base(settings, dtype=None):
-    """(llama, tokenizer): the frozen base with its tokenizer. Under --dry-run without its weights."""
+    """(llama, tokenizer): the frozen base with its tokenizer."""
     folder = base_folder(settings)
     dtype = dtype or getattr(torch, settings.dtype)
-    llama = model.load(folder, settings.device, dtype, weights=not settings.dry_run, kind=FullLlama)
+    llama = model.load(folder, settings.device, dtype, kind=FullLlama)
     tokenizer = data.load_tokenizer(folder, settings.template)
     check_tokenizer(folder, tokenizer, llama.config)
     if not settings.template:
         warn_of_other_template(folder, tokenizer)
     llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
     llama.recompute = getattr(settings, "grad_checkpoint", False)
-    llama.hash = "" if settings.dry_run else model_hash(folder)
+    llama.hash = model_hash(folder)
     llama.template = tokenizer.template
     return llama, tokenizer
 
@@ -141,6 +138,13 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
     return some + (subsample(settings, f"{split}, labelled bad", bad, share) if bad else [])
 
 
+def validation_rows(settings, llama, tokenizer, append_eos=True):
+    """The rows that --eval-every validates on, none where it is 0."""
+    if not settings.eval_every:
+        return []
+    return load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, append_eos)
+
+
 def without_contradictions(examples, split):
     """The examples without bad outputs that are also a good output of the same input; prints how many."""
     truths = {(example.source, example.target) for example in examples if example.label}
@@ -167,7 +171,7 @@ def subsample(settings, split, rows, examples):
     if not 0 < examples < len(rows):
         return rows
     say(f"{split}: a random subset of {examples}, seed {settings.seed}")
-    order = torch.randperm(len(rows), generator=generator(settings, "examples", split))
+    order = torch.randperm(len(rows), generator=data.generator(settings.seed, "examples", split))
     return [rows[i] for i in sorted(order[:examples].tolist())]
 
 
@@ -189,7 +193,7 @@ def warn_of_overlap(settings, rows):
 # Adapters
 
 
-def column_names(flag, value):
+def adapter_names(flag, value):
     """The names that a flag lists, each once, among base, mle and policy."""
     names = value.split(",")
     if not set(names) <= {"base", "mle", "policy"} or len(set(names)) < len(names):
@@ -209,7 +213,12 @@ def adapter_folder(settings, name):
     return Path(name)
 
 
-def load_column(settings, llama, name, other="other"):
+def adapter_hashes(settings, names):
+    """{what: hash} of the adapters of this run that have these names."""
+    return {f"{name} adapter": adapter_hash(adapter_folder(settings, name)) for name in names if name != "base"}
+
+
+def load_named(settings, llama, name, other="other"):
     """Load the adapter of base, mle, policy or a folder. Returns the adapter argument of forward.
 
     other: the name that the model gives to an adapter of a folder; a module's name cannot be a path.
@@ -229,13 +238,13 @@ def load_trained(llama, name, folder, head=False):
     llama.load_adapter(name, folder, head)
 
 
-def load_columns(settings, llama, names):
+def load_listed(settings, llama, names):
     """{name: adapter argument of forward} of the names or folders that --adapter lists, separated by commas."""
     found = {}
     for name in names.split(","):
         if name in found:
             raise UserError(f"--adapter {names}: {name} is named twice; remove one")
-        found[name] = load_column(settings, llama, name, f"other{len(found)}")
+        found[name] = load_named(settings, llama, name, f"other{len(found)}")
     return found
 
 
@@ -246,9 +255,9 @@ def new_adapter(settings, llama, name, stream, head=None):
             raise UserError(f"--tune full: {settings.model} is 4-bit; name an unquantized model, or use --tune lora")
         if settings.dtype == "float16":
             raise UserError("--tune full --dtype float16: gradients vanish without loss scaling; use bfloat16")
-        return llama.add_copy(name, generator(settings, stream), head)
+        return llama.add_copy(name, data.generator(settings.seed, stream), head)
     targets = settings.lora_targets.split(",")
-    llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, generator(settings, stream), head)
+    llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, data.generator(settings.seed, stream), head)
 
 
 def start_adapter(settings, llama, name, stream, head=None):
@@ -267,7 +276,7 @@ def start_adapter(settings, llama, name, stream, head=None):
     saved_head = head is not None and peft_adapter.has_head(folder)
     load_trained(llama, name, folder, saved_head)
     if head is not None and not saved_head:
-        llama.add_head(name, head, generator(settings, stream, "head"))
+        llama.add_head(name, head, data.generator(settings.seed, stream, "head"))
     if kept := [f.name for f in fields(settings) if f.name in LORA and getattr(settings, f.name) != f.default]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
         warn(f"--init {settings.init}: {name} keeps its rank, alpha and targets; without effect on it: {flags}")
@@ -298,7 +307,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
     folder = Path(settings.reward)
     if not folder.exists():  # a dry run, before there is a reward model
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
-        return None, {}
+        return partial(ppo.reward_scores, llama), {}
     level, head = reward_fact(folder, "level"), "scalar" if peft_adapter.has_head(folder) else "likelihood"
     load_trained(llama, "reward", folder, head=head == "scalar")
 

@@ -1,96 +1,62 @@
-"""One training from its first step, or from a checkpoint, to its last: batches, log, checkpoints, ways to stop.
+"""What protects a training, from its first step or a checkpoint to its last: log, checkpoints, ways to stop.
 
-    with Run(folder, "mle", settings, rows, optimizer, llama.folder, bar=["loss"]) as run:
-        for step, rate, batch in run.batches():
-            ...                                       one update
+    with Run(folder, "mle", settings, rows, optimizer, steps, llama.folder) as run:
+        for step in range(run.first, steps):
+            run.begin_step(step, batch)
+            ...                                       one update: see lastmile.train
             run.log(step, batch, loss=loss)
+            run.end_step()
 
 A signal (Ctrl-C, SIGTERM) or --max-time ends the run after the step it is in: it saves a checkpoint and raises Stopped.
 """
 
-import ctypes
 import errno
 import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import tqdm
 
-import data
 from formats.errors import UserError
-from speed import shared_prompts
-from training import ranks
-from training.checkpoint import checkpoints, fingerprint, read_checkpoint, rows_hash, write_checkpoint
-from training.files import clear, write_json
-from training.terminal import Stopped, say
-from training.validation import BEST
-
-LARGE_PROCESS = 2 << 30  # bytes; the toy stays below, where it would cost a tenth of a step
-
-
-def resident_memory():
-    """Bytes of physical memory that this process holds now; 0 where the system has no /proc (macOS)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * resource.getpagesize()
-
-
-def peak_memory(device):
-    """Bytes: the most that this process has held, on a GPU the most that its tensors have."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def return_free_memory():
-    """Give the heap's free pages back to the system, once the process is large.
-
-    The C library keeps what was freed, and tensors of the next batch, of other lengths, do not fit the gaps: the peak
-    grew by 40 % in an epoch. It costs 50 ms at 135 M parameters, where a step takes seconds, and does nothing where
-    the C library is not glibc.
-    """
-    if resident_memory() < LARGE_PROCESS:
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
-def number_of_steps(settings, rows):
-    """How many steps a run takes: all epochs, or --max-steps."""
-    return settings.max_steps or settings.epochs * math.ceil(len(rows) / settings.batch_size)
-
-
-def learning_rate(step, steps, peak, warmup_steps=0):
-    """Linear warm-up to the peak, times a cosine from 1 to 0 over all steps (paper, 3.1)."""
-    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+from safety import ranks
+from safety.checkpoint import (
+    checkpoints,
+    fingerprint,
+    read_checkpoint,
+    restore_state,
+    rows_hash,
+    state_of,
+    write_checkpoint,
+)
+from safety.files import clear, write_json
+from safety.loggers import open_loggers
+from safety.memory import peak_memory, return_free_memory
+from safety.terminal import Stopped, say
+from safety.validation import BEST
 
 
 class Run:
-    """The state of one training; see the top of this file.
+    """The state of one training; see the top of this file. Its `first` step is 0, or where a checkpoint was saved.
 
-    rows: list of Datum. base: the model's folder, or None. depends_on: {name: hash} of what else changes the result.
-    bar: names of the metrics that the progress bar shows. validate: see training/validation.py; its numbers go to
-    validation.jsonl, a line each --eval-every steps, and with --keep best the parameters of the best are what remains.
+    rows: list of Datum. steps: how many there will be. base: the model's folder, or None. depends_on: {name: hash} of
+    what else changes the result. bar: names of the metrics that the progress bar shows. validate: see
+    safety/validation.py; its numbers go to validation.jsonl, a line each --eval-every steps, and with --keep best the
+    parameters of the best are what remains.
     """
 
-    def __init__(self, folder, stage, settings, rows, optimizer, base=None, depends_on=None, bar=(), validate=None):
+    def __init__(
+        self, folder, stage, settings, rows, optimizer, steps, base=None, depends_on=None, bar=("loss",), validate=None
+    ):
         self.folder, self.stage, self.settings = folder, stage, settings
-        self.rows, self.optimizer = rows, optimizer
+        self.rows, self.optimizer, self.steps = rows, optimizer, steps
         self.facts = fingerprint(stage, settings, rows, base, depends_on)
         self.bar_columns = bar
         self.validate = validate
@@ -151,7 +117,7 @@ class Run:
                 f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
             )
         try:
-            self.optimizer.restore(tensors)
+            restore_state(self.optimizer, tensors)
         except UserError as error:
             raise UserError(f"{place}: {error}; name another checkpoint, or start again with --overwrite") from None
         for name in ("metrics.jsonl", "validation.jsonl"):  # --resume PATH may name another run's checkpoint
@@ -164,10 +130,10 @@ class Run:
         """Give all ranks what the first has restored."""
         state = None
         if self.first and ranks.first() and ranks.world.size > 1:  # on the CPU: else every rank's copy goes to this GPU
-            state = {name: tensor.cpu() for name, tensor in self.optimizer.state().items()}
+            state = {name: tensor.cpu() for name, tensor in state_of(self.optimizer).items()}
         self.first, self.best, state = ranks.from_first((self.first, self.best, state))
         if state and not ranks.first():
-            self.optimizer.restore(state)
+            restore_state(self.optimizer, state)
 
     # Start and end
 
@@ -181,15 +147,17 @@ class Run:
         clear(self.folder / "bad_batch.json")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.monotonic()
-        self.bar = None
+        self.bar = tqdm.tqdm(
+            total=self.steps, initial=self.first, desc=self.stage, unit="step", dynamic_ncols=True,
+            disable=not ranks.first(),
+        )  # fmt: skip
         return self
 
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         os.close(self.file)
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         for _, close in self.loggers:
             with suppress(OSError):
                 close()
@@ -241,30 +209,10 @@ class Run:
 
     # Steps
 
-    def batches(self, warmup_steps=0):
-        """Yield (step, learning rate, Batch) of the steps that remain; save and stop between them when it is time."""
-        s = self.settings
-        steps = number_of_steps(s, self.rows)
-        order = data.epochs(self.rows, s.batch_size, s.seed)
-        if getattr(s, "share_prompts", False):
-            order = shared_prompts.epochs(self.rows, s.batch_size, s.seed, s.rows_per_prompt)
-        for step, index in enumerate(itertools.islice(order, self.first, steps), self.first):
-            batch = data.collate([self.rows[i] for i in index], s.device)
-            self.step = step
-            self.batch_ids = [row.id for row in batch.rows]
-            if self.bar is None:
-                self.bar = tqdm.tqdm(
-                    total=steps,
-                    initial=self.first,
-                    desc=self.stage,
-                    unit="step",
-                    dynamic_ncols=True,
-                    disable=not ranks.first(),
-                )
-            yield step, learning_rate(step, steps, s.learning_rate, warmup_steps), batch
-            self.bar.update()
-            self.end_step(step + 1, steps)
-            return_free_memory()
+    def begin_step(self, step, batch):
+        """Remember what is worked on, for the message if it fails."""
+        self.step = step
+        self.batch_ids = [row.id for row in batch.rows]
 
     def validate_now(self, done):
         """Validate after `done` steps: log the numbers, and remember the parameters if they are the best so far."""
@@ -280,8 +228,10 @@ class Run:
             if self.best is None or choose(value, self.best[0]) != self.best[0]:
                 self.best = value, done, [p.detach().clone() for p in self.optimizer.parameters]
 
-    def end_step(self, done, steps):
+    def end_step(self):
         """Validate and save when it is time; raise Stopped where a signal or --max-time asks for it."""
+        done, steps = self.step + 1, self.steps
+        self.bar.update()
         if self.validate and (done % self.settings.eval_every == 0 or done == steps):
             self.validate_now(done)
         if 0 < self.settings.max_time * 60 < time.monotonic() - ranks.world.started:
@@ -296,6 +246,7 @@ class Run:
             ranks.wait()  # where the first rank could not save, all end as it does
         if stop:
             raise Stopped(stop)
+        return_free_memory()
 
     def save(self, done, must):
         """Write a checkpoint and delete the oldest. A full disk is an error only if there is no next attempt (must)."""
@@ -303,7 +254,7 @@ class Run:
         try:
             self.flush()
             os.fsync(self.file)
-            tensors, facts = self.optimizer.state(), self.facts | {"step": done}
+            tensors, facts = state_of(self.optimizer), self.facts | {"step": done}
             if self.best:
                 facts["best"] = self.best[:2]
                 tensors |= {f"best.{i:06}": tensor for i, tensor in enumerate(self.best[2])}
@@ -376,45 +327,3 @@ def is_before(line, step):
         return line.endswith(b"\n") and json.loads(line)["step"] < step
     except (ValueError, LookupError, TypeError):  # a power failure leaves zeros
         return False
-
-
-def open_loggers(settings, stage):
-    """[(write(step, numbers), close), …] for the services that --report-to names."""
-    loggers = []
-    if "tensorboard" in settings.report_to:
-        loggers.append(open_tensorboard(settings, stage))
-    if "wandb" in settings.report_to:
-        loggers.append(open_wandb(settings, stage))
-    return loggers
-
-
-def open_tensorboard(settings, stage):
-    """Event files in <output-dir>/tensorboard/<stage>."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = Path(settings.output_dir) / "tensorboard" / stage
-    if not settings.resume:
-        clear(folder)
-    writer = SummaryWriter(folder)
-
-    def write(step, numbers):
-        for name, x in numbers.items():
-            writer.add_scalar(name, x, step)
-
-    return write, writer.close
-
-
-def open_wandb(settings, stage):
-    """A run of the project "lastmile"."""
-    import wandb
-
-    folder = Path(settings.output_dir)
-    try:
-        run = wandb.init(project="lastmile", name=f"{folder.name} {stage}", dir=folder, config=asdict(settings))
-    except wandb.Error as error:
-        raise UserError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
-
-    def write(step, numbers):
-        run.log(numbers, step=step)
-
-    return write, run.finish

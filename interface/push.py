@@ -5,8 +5,8 @@ What could stop it is asked before the work begins: hours of training must not e
 
 from formats.errors import UserError
 from formats.hub import HUB_ID, on_hub
-from training import ranks
-from training.terminal import say, warn
+from safety import ranks
+from safety.terminal import say, warn
 
 LEFT_OUT = ["checkpoints/*", "*.partial/*"]
 

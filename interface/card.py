@@ -9,9 +9,10 @@ from formats.hub import on_hub
 from formats.llama_folder import is_model
 from formats.model_card import card, license_of
 from formats.tables import PRESETS
-from training.command_line import flag
-from training.folders import commit
-from training.settings import LORA, result_settings
+from interface.flags import flag
+from interface.folders import commit
+from interface.settings import LORA
+from safety.checkpoint import result_settings
 
 SHOWN = ("la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rouge1-F1", "excess_length")
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from formats.errors import UserError
-from training.terminal import LostRank, Shown
+from safety.terminal import LostRank, Shown
 
 COMMANDS = ("pretrain", "reward", "mle", "ppo", "eval", "predict")  # those that share their work
 NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
@@ -36,7 +36,6 @@ class World:
 
     rank, size, store = 0, 1, None
     started = time.monotonic()  # the command of this process; --max-time counts from here
-    idle = False  # whether this rank has no row of the current batch
 
 
 world = World()
@@ -91,7 +90,7 @@ def finish():
     """Take leave of the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    world.rank, world.size, world.store, world.idle = 0, 1, None, False
+    world.rank, world.size, world.store = 0, 1, None
     Shown.anything = True
 
 
@@ -105,17 +104,14 @@ def bounds(rows):
 
 
 def share(batch):
-    """This rank's rows of a data.Batch, columns as they are.
+    """(this rank's rows of a data.Batch, 1), columns as they are.
 
-    A rank without any gets the first row, so that it does what the others do; what comes of it counts nothing.
+    A rank without any gets the first row, so that it does what the others do, and 0: what its losses and sums count.
     """
-    start, end = bounds(len(batch.rows))
-    world.idle = start == end
     if world.size == 1:
-        return batch
-    if world.idle:
-        start, end = 0, 1
-    return batch[start:end]
+        return batch, 1
+    start, end = bounds(len(batch.rows))
+    return (batch[start:end], 1) if start < end else (batch[:1], 0)
 
 
 def whole(x, rows):
@@ -147,14 +143,14 @@ def sharded(sample, uniform=None):
     return sample_all
 
 
-def total(x):
-    """The sum over all ranks of a tensor, or of a number."""
+def total(x, counts=1):
+    """The sum over all ranks of a tensor; counts: 0 where a rank's own counts nothing, see `share`."""
     if world.size == 1:
         return x
-    summed = torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None) * (not world.idle)
+    summed = x * counts
     with exchange():
         dist.all_reduce(summed)
-    return summed.item() if isinstance(x, float) else summed
+    return summed
 
 
 def sum_gradients(parameters, loss):
@@ -166,8 +162,6 @@ def sum_gradients(parameters, loss):
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     flat = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([loss])])
-    if world.idle:
-        flat.zero_()
     with exchange():
         dist.all_reduce(flat)
     parts = flat[:-1].split([g.numel() for g in gradients])

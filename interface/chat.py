@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from formats.columns import encodable, strip
 from formats.errors import UserError
-from training.terminal import say, visible
+from safety.terminal import say, visible
 
 
 def given_text(text):

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import eval as evaluation
-from beyond.words import choose_tokenizer
 from formats.errors import UserError
 from formats.files import read_json
-from training.files import write_json
-from training.folders import commit
-from training.terminal import say
+from formats.words import choose_tokenizer
+from interface.folders import commit
+from safety.files import write_json
+from safety.terminal import say
 
 KEYS = ("id", "source", "reference", "prediction")
 

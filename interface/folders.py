@@ -21,12 +21,12 @@ from pathlib import Path
 from formats import tables
 from formats.errors import UserError
 from formats.llama_folder import is_model
-from training import ranks
-from training.checkpoint import checkpoints
-from training.files import clear, sync, write_json
-from training.push import check_push, push
-from training.settings import LLAMA2
-from training.terminal import say
+from interface.push import check_push, push
+from interface.settings import LLAMA2
+from safety import ranks
+from safety.checkpoint import checkpoints
+from safety.files import clear, sync, write_json
+from safety.terminal import say
 
 ROOT = Path(__file__).resolve().parents[1]
 

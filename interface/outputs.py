@@ -2,7 +2,7 @@
 
 import model
 from formats.llama_folder import copy_companions
-from training.card import write_card
+from interface.card import write_card
 
 
 def save_trained(settings, llama, tokenizer, name, folder):
@@ -26,5 +26,5 @@ def save_model(settings, llama, tokenizer, folder, quantization=None):
 
 
 def write_template(tokenizer, folder):
-    """Write the prompt into a folder, for `training.inputs.load_trained` and for readers."""
+    """Write the prompt into a folder, for `interface.inputs.load_trained` and for readers."""
     (folder / "template.txt").write_text(tokenizer.template, encoding="utf-8")

@@ -1,0 +1,49 @@
+"""--report-to: the log's numbers to TensorBoard or Weights & Biases while training."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from formats.errors import UserError
+from safety.files import clear
+
+
+def open_loggers(settings, stage):
+    """[(write(step, numbers), close), …] for the services that --report-to names."""
+    loggers = []
+    if "tensorboard" in settings.report_to:
+        loggers.append(open_tensorboard(settings, stage))
+    if "wandb" in settings.report_to:
+        loggers.append(open_wandb(settings, stage))
+    return loggers
+
+
+def open_tensorboard(settings, stage):
+    """Event files in <output-dir>/tensorboard/<stage>."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(settings.output_dir) / "tensorboard" / stage
+    if not settings.resume:
+        clear(folder)
+    writer = SummaryWriter(folder)
+
+    def write(step, numbers):
+        for name, x in numbers.items():
+            writer.add_scalar(name, x, step)
+
+    return write, writer.close
+
+
+def open_wandb(settings, stage):
+    """A run of the project "lastmile"."""
+    import wandb
+
+    folder = Path(settings.output_dir)
+    try:
+        run = wandb.init(project="lastmile", name=f"{folder.name} {stage}", dir=folder, config=asdict(settings))
+    except wandb.Error as error:
+        raise UserError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
+
+    def write(step, numbers):
+        run.log(numbers, step=step)
+
+    return write, run.finish

@@ -1,1 +1,0 @@
-"""What keeps hours of training safe, and what every stage shares: settings, folders, checkpoints, runs, estimates."""
