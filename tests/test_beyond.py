@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -110,21 +111,23 @@ def test_hallucinations_as_a_set(positives, tokenizer):
     """One a datum, of several kinds, one class of six by weight; only the edit is labelled 0, or all of it; the same
     seed makes the same ones, and the other negatives stay as they are.
     """
-    rows = data.with_negatives(positives, tokenizer, 60, 0, "span")
+    rows = data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
     edited = [row for row in rows if row.kind in hallucinations.KINDS]
     assert len(edited) == 60 and len(Counter(row.kind for row in edited)) >= 5
-    assert rows == data.with_negatives(positives, tokenizer, 60, 0, "span")
+    assert rows == data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
     assert {row.weight for row in rows if row.kind != "positive"} == {1 / 6}
     plain = data.with_negatives(positives, tokenizer, 60, 0)
     assert [row.response for row in rows if row.kind not in hallucinations.KINDS] == [row.response for row in plain]
     batch = data.collate(edited)
-    assert ((batch.label == 0).sum(1) == torch.tensor([row.span[1] - row.span[0] for row in edited])).all()
-    assert (batch.mask | (batch.label == 1)).all()  # every 0 stands on the response
+    assert batch.judged.sum(1).tolist() == [len(row.judged) for row in edited]
+    assert (batch.mask | ~batch.judged).all() and not batch.label.any()
     whole = [
-        row for row in data.with_negatives(positives, tokenizer, 60, 0, "sequence") if row.kind in hallucinations.KINDS
+        row
+        for row in data.with_negatives(positives, tokenizer, 60, 0, partial(hallucinations.hallucinated, whole=True))
+        if row.kind in hallucinations.KINDS
     ]
     assert [row.response for row in whole] == [row.response for row in edited]
-    assert not data.collate(whole).label.any() and {row.span for row in whole} == {None}
+    assert not data.collate(whole).label.any() and {row.judged for row in whole} == {None}
 
 
 def test_without_an_edit_there_is_no_hallucination(tokenizer):
@@ -136,14 +139,20 @@ def test_without_an_edit_there_is_no_hallucination(tokenizer):
 
 
 def test_a_span_is_learned_where_it_is(positives, tokenizer):
-    """The reward loss pulls the edit's tokens to 0 and the others to 1: its gradient changes sign at the span."""
-    row = next(row for row in data.with_negatives(positives, tokenizer, 60, 0, "span") if row.kind == "name")
+    """The reward loss pulls the edit's tokens to 0, with the weight of a whole negative, and leaves the others alone:
+    spread over the output, a single name would hardly count.
+    """
+    row = next(
+        row
+        for row in data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
+        if row.kind == "name"
+    )
     batch = data.collate([row])
     score = torch.full(batch.mask.shape, 0.5, requires_grad=True)
     (gradient,) = torch.autograd.grad(ppo.reward_loss(score, batch), score)
-    assert gradient[batch.mask].sign().tolist() == [
-        1.0 if row.span[0] <= i < row.span[1] else -1.0 for i in range(len(row.response))
-    ]
+    each = 1 / len(row.judged)  # of 2 (0.5 - 0): together they weigh as one negative
+    expected = [each if i in row.judged else 0.0 for i in range(len(row.response))]
+    assert gradient[batch.mask].tolist() == pytest.approx(expected)
 
 
 def test_reward_reports_kinds_of_edit(fresh_run, capsys):

@@ -1,7 +1,6 @@
 """--tune full: every weight trains, through the same loops, and each stage writes a whole model."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -161,23 +160,14 @@ def test_bf16_keeps_fp32_weights(dense_run):
 
 
 def test_dry_run_counts_all_weights(dense_run, capsys):
-    """The plan names every weight of policy and value as trained, and their moments in the memory."""
+    """The plan names every weight of policy and value as trained, and measures an update of them."""
     assert dense_run("ppo", *SMALL, "--reward", "rouge", "--dry-run") == 0
     said = capsys.readouterr().out
     llama = model.load(dense_run.folder / "base", kind=FullLlama)
     n = sum(p.numel() for p in llama.parameters())
     C, V = llama.config.hidden_size, llama.config.vocab_size
     assert f"{2 * n - V * C + C:,} parameters" in said  # the value has a head of C in place of the language head
-    assert "gradients and AdamW" in said
-
-
-def test_dry_run_counts_a_reward_model_that_is_not_there_yet(dense_run, full_reward, capsys):
-    """It will be a whole model, too: the weights in the plan are those of the run after it."""
-    found = []
-    for flags in ([], ["--reward", full_reward]):
-        assert dense_run("ppo", *SMALL, *flags, "--dry-run") == 0
-        found.append(re.search(r"weights .*", capsys.readouterr().out)[0])
-    assert found[0] == found[1]
+    assert "GB at most" in said
 
 
 def test_a_reward_model_from_another_has_its_own_report(dense_run, full_reward):

@@ -18,13 +18,12 @@ from hub import Hub
 from safetensors.torch import load_file
 
 import lastmile
-from formats import llama_folder
 from formats.errors import UserError
-from interface import command_line, dry_run, folders
+from interface import command_line, folders
 from interface import commands as settings_module
 from safety import ranks, terminal
 from safety import run as run_module
-from safety.run import resident_memory, return_free_memory
+from safety.memory import resident_memory, return_free_memory
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -500,33 +499,11 @@ def dry(run, stage, *flags, capsys):
     out = capsys.readouterr().out
     name = "fresh weights" if stage == "pretrain" else r"\S+"
     assert out.count("dry run: ") == 1 and re.search(rf"^  model +{name}: [\d.,]+ M parameters$", out, re.M)
-    assert re.search(r"^  memory +process [\d.]+ .*weights [\d.]+ .*= [\d.]+ GB", out, re.M)
-    patterns = dict(rows=r"data +([\d,]+) rows", steps=r"steps +([\d,]+) of", trained=r"trained +.*: ([\d,]+) param")
+    patterns = dict(rows=r"data +([\d,]+) rows", steps=r"steps +([\d,]+) of", trained=r"trained +([\d,]+) param")
     found = {name: re.search(pattern, out) for name, pattern in patterns.items()}
+    has_memory = re.search(r"^  memory +[\d.]+ GB at most, in one update on the largest batch$", out, re.M)
+    assert bool(has_memory) == bool(found["steps"])
     return {name: int(match[1].replace(",", "")) for name, match in found.items() if match}
-
-
-@pytest.fixture
-def no_weights(run_folder, monkeypatch):
-    """The base's files give names, types and shapes, and fail whoever asks for what is in a tensor."""
-    safe_open = llama_folder.safe_open
-
-    class HeaderOnly:
-        def __init__(self, *arguments, **keywords):
-            self.opened = safe_open(*arguments, **keywords)
-
-        def __enter__(self):
-            opened = self.opened.__enter__()
-            self.keys, self.get_slice = opened.keys, opened.get_slice
-            return self
-
-        def __exit__(self, *error):
-            return self.opened.__exit__(*error)
-
-        def get_tensor(self, name):
-            pytest.fail(f"{name} was read")
-
-    monkeypatch.setattr(llama_folder, "safe_open", HeaderOnly)
 
 
 @pytest.mark.parametrize(
@@ -543,15 +520,14 @@ def no_weights(run_folder, monkeypatch):
         ("sample hello --adapter mle", set()),
     ],
 )
-def test_a_dry_run_leaves_no_trace(fresh_run, run_folder, reward, line, says, tmp_path, monkeypatch, capsys, request):
-    """It answers within seconds what a night would have found out, for any model, as no weight is read, and nothing on
-    disk changes: no folder, no cache, nothing left of temporary files.
+def test_a_dry_run_leaves_no_trace(fresh_run, run_folder, reward, line, says, tmp_path, monkeypatch, capsys):
+    """It answers within seconds what a night would have found out, and nothing on disk changes: no folder, no cache,
+    nothing left of temporary files.
     """
     assert fresh_run("mle", *SMALL) == 0
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
-    request.getfixturevalue("no_weights")
     before = contents(tmp_path), contents(run_folder)
     places = {"REWARD": reward, "PRETRAIN": run_folder / "pretrain"}
     stage, *flags = (places.get(word, word) for word in line.split())
@@ -586,33 +562,29 @@ def test_a_dry_run_s_numbers_are_the_run_s(fresh_run, reward, stage, flags, save
     assert 60 < found["rows"] <= 120 if stage == "reward" else found["rows"] == 20
 
 
-def estimated(run, stage, *flags):
-    """{what: bytes} of a dry run's estimate."""
-    assert run(stage, *flags, "--dry-run") == 0
-    return dry_run.show.call_args.args[-1]
+def test_a_dry_run_makes_one_update_on_the_largest_batch(fresh_run, reward, monkeypatch):
+    """Its memory is that of the batch that decides whether the run fits, and its rate of 0 changes no weight."""
+    seen, step = [], lastmile.Optimizer.step
 
+    def watched(optimizer, rate):
+        before = [p.detach().clone() for p in optimizer.parameters]
+        norm = step(optimizer, rate)
+        seen.append((rate, all(map(torch.equal, before, optimizer.parameters))))
+        return norm
 
-def test_a_dry_run_counts_the_process_and_what_ppo_may_sample(fresh_run, run_folder, reward, monkeypatch):
-    """On a CPU the peak is the whole process: libraries, data and kernels too. PPO's samples can be longer than every
-    true output, so the largest batch is set by --max-new-tokens; MLE's is not. GPTQ's Hessians are memory as well.
-    """
-    monkeypatch.setattr(dry_run, "show", Mock())
-    short, long = (["--max-new-tokens", n, "--reward", reward] for n in (60, 90))
-    ppo = [estimated(fresh_run, "ppo", *flags) for flags in (short, long)]
-    mle = [estimated(fresh_run, "mle", *flags[:2]) for flags in (short, long)]
-    assert ppo[0]["process"] > 0.7 * resident_memory() > 0 and ppo[0]["kernels"] > 0
-    assert ppo[1]["logits"] == pytest.approx(1.5 * ppo[0]["logits"]) and ppo[1]["activations"] > ppo[0]["activations"]
-    assert mle[1]["logits"] == mle[0]["logits"]
-    dense = ["--model", run_folder / "pretrain", "--overwrite"]
-    few, many = (estimated(fresh_run, "quantize", *dense, "--calibration-examples", n) for n in (4, 8))
-    assert 0 < few["calibration"] < many["calibration"]
+    sizes, tokens = [], lastmile.padded_tokens
+    monkeypatch.setattr(lastmile, "padded_tokens", lambda batch: sizes.append(tokens(batch)) or tokens(batch))
+    monkeypatch.setattr(lastmile.Optimizer, "step", watched)
+    flags = ["--train-examples", 20, "--batch-size", 6, "--reward", reward, "--max-new-tokens", 30]
+    assert fresh_run("ppo", *flags, "--dry-run") == 0
+    assert seen == [(0.0, True)] and len(sizes) == 4
 
 
 def test_free_memory_goes_back_between_steps(monkeypatch):
     """Freed blocks between live ones stay with the C library and add to the peak, unless they are returned."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc has malloc_trim")
-    monkeypatch.setattr("safety.run.LARGE_PROCESS", 0)
+    monkeypatch.setattr("safety.memory.LARGE_PROCESS", 0)
     blocks = [bytearray(b"1" * 100_000) for _ in range(2000)]
     kept, before = blocks[::50], resident_memory()
     del blocks

@@ -188,7 +188,7 @@ def test_the_best_length_is_a_quantile(r):
 
 def test_reward_loss_by_hand():
     """A mean over each datum's tokens, then sum(w l) / sum(w): long negatives do not drown short positives."""
-    label, weight = torch.tensor([[1.0], [0.0]]).expand(2, 7), torch.tensor([1.0, 0.2])
+    label, weight = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.2])
     batch = replace(random_batch(2, 4), label=label, weight=weight)
     score = torch.zeros(batch.mask.shape)
     score[0, 5:7] = torch.tensor([1.0, 0.0])  # errors 0 and 1: mean 0.5
@@ -203,7 +203,7 @@ def test_optimum_on_a_shared_prefix(k, optimum):
     """
     label = torch.tensor([1.0] + [0.0] * k)
     batch = replace(random_batch(*[3] * (1 + k), prompts=[2] * 6), weight=torch.where(label == 1, 1, 0.2))
-    batch = replace(batch, label=label[:, None].expand(batch.mask.shape))
+    batch = replace(batch, label=label)
     score = torch.zeros((), requires_grad=True)
     for _ in range(60):  # the loss is s^2 + ..: each step halves the distance
         (gradient,) = torch.autograd.grad(ppo.reward_loss(score.expand(batch.mask.shape), batch), score)

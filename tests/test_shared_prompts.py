@@ -15,6 +15,7 @@ import lastmile
 import lora
 import model
 import ppo
+from beyond.hallucinations import hallucinated
 from speed import shared_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -27,7 +28,7 @@ def ragged(run_folder):
     examples = data.toy("test")[:5]
     examples[4] = replace(examples[0], target="They read poems.")
     positives = data.encode(examples, tokenizer)[0]
-    rows = data.with_negatives(positives, tokenizer, 40, 0, "span")
+    rows = data.with_negatives(positives, tokenizer, 40, 0, hallucinated)
     rng = random.Random(0)
     rows = [row for row in rows if row.source != examples[2].source or row.kind == "positive"]
     return rng.sample(rows, len(rows))

@@ -78,7 +78,7 @@ def heldout(row):
     llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", folder, head=True)
     positives = inputs.load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
-    rows = samples.with_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
+    rows = samples.add_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
     return reward_report.reward_report(settings, llama, rows)
 
 

@@ -34,7 +34,7 @@ import quant  # noqa: E402
 from eval import markdown  # noqa: E402
 from interface import commands as settings_module  # noqa: E402
 from interface import folders  # noqa: E402
-from safety.run import resident_memory  # noqa: E402
+from safety.memory import resident_memory  # noqa: E402
 from speed import cpu as cpu_speed  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
