@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import lastmile
 from formats import llama_folder
 from formats.errors import UserError
+from speed import cpu
 from training import command_line, dry_run, folders, optimizer, ranks, terminal
 from training import run as run_module
 from training import settings as settings_module
@@ -123,8 +125,8 @@ def test_value_warmup_leaves_the_policy_alone(fresh_run, reward):
 
 
 def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
-    """--dtype auto on a CPU with bf16 products: over large bases and the Hub's, in what trains adapters or answers; a
-    small base, and what makes a base, stay fp32. The decision asks the machine and no clock: a resumed run decides so.
+    """--dtype auto on a CPU with faster bf16 products: over large bases and the Hub's, in what trains adapters or
+    answers; a small base, and what makes a base, stay fp32. So does all where they are slower, as on some Xeons.
     """
     (tmp_path / "model.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "model.safetensors", 65 << 20)
@@ -132,12 +134,35 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
     small.mkdir()
     (small / "model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: True)
     choose = command_line.choose_dtype
     assert choose("mle", "cpu", str(tmp_path)) == choose("ppo", "cpu", "OWNER/NAME") == "bfloat16"
     assert choose("mle", "cpu", str(small)) == choose("quantize", "cpu", str(tmp_path)) == "float32"
     assert choose("mle", "cuda", str(small)) == "bfloat16"
-    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: False)
     assert choose("mle", "cpu", str(tmp_path)) == "float32"
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: False)
+    assert choose("mle", "cpu", str(tmp_path), "bfloat16") == "float32"
+
+
+def test_a_resumed_run_keeps_its_dtype(fresh_run, monkeypatch):
+    """A clock chose the dtype when the run started; asked again it may say otherwise, and the bits would differ."""
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("training.command_line.LARGE_BASE", 0)
+    flags = ["mle", *SMALL, "--max-steps", 2]
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: True)
+    assert fresh_run(*flags, "--max-time", 1e-9) == 143
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: False)
+    place = fresh_run.folder / "mle.partial/checkpoints/step-00000001"
+    assert command_line.dtype_before(fresh_run.folder / "ppo.partial", str(place)) == "bfloat16"
+    assert fresh_run(*flags, "--resume") == 0
+    assert json.loads((fresh_run.folder / "mle/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bf16_is_timed():
+    """The answer of a clock, whichever, in no more time than a user would notice."""
+    start = time.perf_counter()
+    assert cpu.bf16_is_faster() in (True, False) and time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])
