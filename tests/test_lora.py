@@ -444,7 +444,15 @@ def test_reward_models_of_peft_open_here(run_folder, tmp_path, dtype, tolerance,
 
 
 @pytest.mark.parametrize(
-    "form", [dict(), dict(data="gptq_v2", act_order=True, z=None), dict(bias=True, z=None)], ids=str
+    "form",
+    [
+        dict(),
+        dict(data="gptq_v2", act_order=True, z=None),
+        dict(bias=True, z=None),
+        dict(family="Qwen2"),
+        dict(family="Qwen3"),
+    ],
+    ids=str,
 )
 def test_gradients_equal_pefts(tmp_path, form):
     """The gradient of a real loss with respect to every adapter tensor, over packed weights, is PEFT's over the same
