@@ -1,5 +1,7 @@
 """The Llama: one forward pass that every stage shares, a KV-cached sampler, and loading by Hugging Face names.
 
+So are Mistral, Qwen2.5 (biases on q, k and v) and Qwen3 (normalized heads); see formats.llama_folder.FAMILIES.
+
     h = llama(tokens, adapter)            (B, T) -> (B, T, C)   the trunk under an adapter (see lora.py)
     h = llama(tokens, adapter, wanted=i)  (B, T) -> (n, C)      the same at n flat indices i into (B T)
     llama.logits(h[...])                  (…, C) -> (…, V)      only where they are asked for
@@ -53,8 +55,9 @@ class LlamaConfig:
     rope_scaling: dict = field(default_factory=dict)  # {} or Llama 3's, see `rope_frequency`
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
+    model_type: str = "llama"  # see formats.llama_folder.FAMILIES
+    biases: tuple = ()  # the projections that have one, as in ("q_proj", "k_proj", "v_proj")
+    head_norm: bool = False  # whether each head of q and k is normalized
     bos_token_id: int = 1
     eos_token_id: tuple = (2,)
     quantization: dict = field(default_factory=dict)  # {} or what formats.gptq.read_quantize_config returns
@@ -177,19 +180,21 @@ def attend_shared(q, k, v, mask):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        C, D = config.hidden_size, config.head_dim
         self.H, self.J, self.D = config.num_attention_heads, config.num_key_value_heads, D
-        self.q_proj = LoRALinear(nn.Linear(C, self.H * D, bias))
-        self.k_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
-        self.v_proj = LoRALinear(nn.Linear(C, self.J * D, bias))
-        self.o_proj = LoRALinear(nn.Linear(self.H * D, C, bias))
+        self.q_proj = LoRALinear(nn.Linear(C, self.H * D, "q_proj" in config.biases))
+        self.k_proj = LoRALinear(nn.Linear(C, self.J * D, "k_proj" in config.biases))
+        self.v_proj = LoRALinear(nn.Linear(C, self.J * D, "v_proj" in config.biases))
+        self.o_proj = LoRALinear(nn.Linear(self.H * D, C, "o_proj" in config.biases))
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.head_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.head_norm else nn.Identity()
 
     def forward(self, x, cos, sin, adapter, cache, layer, mask):
         """The heads' outputs, before o_proj: (B, T, C) -> (B, T, H D)."""
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
-        q = rotate(q.view(B, T, self.H, self.D).transpose(1, 2), cos, sin)  # (B, H, T, D)
-        k = rotate(k.view(B, T, self.J, self.D).transpose(1, 2), cos, sin)  # (B, J, T, D)
+        q = rotate(self.q_norm(q.view(B, T, self.H, self.D)).transpose(1, 2), cos, sin)  # (B, H, T, D)
+        k = rotate(self.k_norm(k.view(B, T, self.J, self.D)).transpose(1, 2), cos, sin)  # (B, J, T, D)
         v = v.view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
         if cache is not None and T == 1:
             y = attend_last(q, *cache.update(layer, k, v), cache.length)  # (B, H, 1, D)
@@ -203,10 +208,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = LoRALinear(nn.Linear(C, inner, bias))
-        self.up_proj = LoRALinear(nn.Linear(C, inner, bias))
-        self.down_proj = LoRALinear(nn.Linear(inner, C, bias))
+        C, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = LoRALinear(nn.Linear(C, inner, "gate_proj" in config.biases))
+        self.up_proj = LoRALinear(nn.Linear(C, inner, "up_proj" in config.biases))
+        self.down_proj = LoRALinear(nn.Linear(inner, C, "down_proj" in config.biases))
 
     def forward(self, x, adapter):
         gate, up = project((self.gate_proj, self.up_proj), x, adapter)

@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,9 +15,40 @@ from formats.errors import UserError
 from formats.files import read_json
 from formats.gptq import read_quantize_config
 
-FAMILIES = {  # model_type: what transformers takes where a config.json of that family is silent
-    "llama": {"num_key_value_heads": None, "sliding_window": None},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+ATTENTION = (*QKV, "o_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a model_type apart from a Llama.
+
+    silent: what transformers takes where a config.json of that family does not say.
+    biases: {field of config.json: the projections that have a bias where it is true; under "" those that always have}.
+    head_norm: whether each head of q and k is normalized before it is rotated, by q_norm and k_norm.
+    """
+
+    silent: dict = field(default_factory=dict)
+    biases: dict = field(default_factory=dict)
+    head_norm: bool = False
+
+
+QWEN = {
+    "num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28,
+}  # fmt: skip
+FAMILIES = {  # model_type: what of the Llama is different
+    "llama": Family(biases={"attention_bias": ATTENTION, "mlp_bias": MLP}),
+    "mistral": Family({"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": Family(QWEN, {"": QKV}),
+    "qwen3": Family(QWEN | {"head_dim": 128}, {"attention_bias": ATTENTION}, head_norm=True),
+    "seed_oss": Family(
+        {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
+        {"attention_bias": QKV, "attention_out_bias": ("o_proj",), "mlp_bias": MLP},
+    ),
+}
+OTHERS = {  # what is in a model_type, and what to take instead
+    "moe|mixtral|_v[23]$": "a mixture of experts; take a dense model such as Qwen/Qwen3-0.6B",
+    "vl|vision|llava|mllama|omni|audio": "no model of text alone; take one such as Qwen/Qwen2.5-0.5B-Instruct",
 }
 SIZES = dict.fromkeys(  # whole numbers and the most they may be, checked before anything is allocated
     ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -51,39 +83,32 @@ def read_config(folder):
     if has_adapter and not (file.is_file() and "model_type" in read_json(file)):
         raise UserError(f"{folder}: is an adapter, not a model; name the model that it was trained on")
     raw = read_json(file)
-    if raw.get("model_type") not in tuple(FAMILIES):
-        raise UserError(
-            f"{file}: model_type {raw.get('model_type')!r} is not supported; lastmile reads llama, and mistral without "
-            f"sliding window"
-        )
-    raw = FAMILIES[raw["model_type"]] | raw
-    if raw["sliding_window"] is not None:
-        raise UserError(
-            f"{file}: sliding_window {raw['sliding_window']} is not supported; take a version without, as Mistral is "
-            f"from v0.2 on"
-        )
+    family = family_of(file, raw)
+    raw = family.silent | raw
     if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; a Llama has 'silu'")
+        raise UserError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported; take a model with 'silu'")
     check_positive(file, raw, (*SIZES, "rms_norm_eps", "rope_theta"))
     try:
+        refuse_sliding_window(file, family, raw)
         heads = int(raw["num_attention_heads"])
         width = int(raw["hidden_size"])
         theta, scaling = read_rope(file, raw)
         config = {
+            "model_type": raw["model_type"],
             "vocab_size": int(raw["vocab_size"]),
             "hidden_size": width,
             "intermediate_size": int(raw["intermediate_size"]),
             "num_hidden_layers": int(raw["num_hidden_layers"]),
             "num_attention_heads": heads,
-            "num_key_value_heads": int(raw["num_key_value_heads"] or heads),
+            "num_key_value_heads": int(raw.get("num_key_value_heads") or heads),
             "head_dim": int(raw.get("head_dim") or width // heads),
             "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
             "rope_theta": theta,
             "rope_scaling": scaling,
             "max_position_embeddings": int(raw.get("max_position_embeddings", 2048)),
             "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-            "attention_bias": bool(raw.get("attention_bias", False)),
-            "mlp_bias": bool(raw.get("mlp_bias", False)),
+            "biases": biases_of(family, raw),
+            "head_norm": family.head_norm,
             "bos_token_id": raw.get("bos_token_id", 1),
             "eos_token_id": read_eos(folder, raw),
             "quantization": read_quantization(folder, raw),
@@ -98,6 +123,41 @@ def read_config(folder):
             f"{head_dim} is odd or 0; download the file again"
         )
     return config
+
+
+def family_of(file, raw):
+    """The Family of a config.json, or the UserError that says what to take instead."""
+    name = raw.get("model_type")
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    remedy = f"lastmile reads {', '.join(FAMILIES)}"
+    for pattern, what in OTHERS.items():
+        if re.search(pattern, str(name)):
+            remedy = what
+    raise UserError(f"{file}: model_type {name!r} is not supported; {remedy}")
+
+
+def refuse_sliding_window(file, family, raw):
+    """Raise UserError where a layer sees only the last tokens."""
+    name, in_use = "sliding_window", raw.get("sliding_window") is not None
+    if "use_sliding_window" in family.silent:  # the first max_window_layers of Qwen see all
+        in_use = in_use and raw["use_sliding_window"] and raw["max_window_layers"] < raw["num_hidden_layers"]
+    if raw.get("layer_types") is not None:
+        name, in_use = "layer_types", any(kind != "full_attention" for kind in raw["layer_types"])
+    if in_use:
+        raise UserError(
+            f"{file}: {name} {raw[name]!r:.60} is not supported; take a version without, as Mistral is from v0.2 on, "
+            f"and Qwen2.5 and Qwen3 are"
+        )
+
+
+def biases_of(family, raw):
+    """The projections that have a bias, by the fields of a config.json."""
+    found = ()
+    for name, projections in family.biases.items():
+        if not name or raw.get(name):
+            found += projections
+    return found
 
 
 def check_positive(file, raw, names):
@@ -197,10 +257,13 @@ def check_index(folder, weight_map, places):
         )
 
 
-def check_tensors(folder, found, expected):
+def check_tensors(folder, found, expected, model_type):
     """Raise UserError unless the tensors of a folder are exactly those that the model expects, {name: tensor} both."""
     for name in sorted(set(expected) | set(found)):
         problem = tensor_error(found.get(name), expected.get(name))
+        if problem == "missing" and name.endswith((".bias", "q_norm.weight", "k_norm.weight")):
+            problem += f", and the config.json of a {model_type} promises it (model_type): correct that,"
+            raise UserError(f"{folder}: tensor {name} is {problem} or download the model again")
         if problem:
             raise UserError(f"{folder}: tensor {name} is {problem}; download the model again")
 
@@ -307,13 +370,15 @@ def write(folder, config, tensors, quantization=None):
 
     Weights are one model.safetensors or, above SHARD bytes, model-00001-of-00003.safetensors ... with an index.
     """
-    raw = dict(config)
-    del raw["quantization"]  # as read_config returns it; the file has its own spelling
+    raw = {name: value for name, value in config.items() if name not in ("quantization", "biases", "head_norm")}
     scaling = config["rope_scaling"]
     has_head = "score.weight" in tensors
+    name = config["model_type"].title().replace("_", "")  # seed_oss: SeedOssForCausalLM
+    for field_name, projections in FAMILIES[config["model_type"]].biases.items():
+        raw |= {field_name: set(projections) <= set(config["biases"])} if field_name else {}
     raw |= {
-        "architectures": ["LlamaForSequenceClassification" if has_head else "LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{name}For{'SequenceClassification' if has_head else 'CausalLM'}"],
+        "sliding_window": None,
         "hidden_act": "silu",
         "eos_token_id": list(config["eos_token_id"]),
         "rope_scaling": scaling | {"rope_type": "llama3"} if scaling else None,

@@ -1,8 +1,11 @@
 """The weights of a Hugging Face folder into a Llama, dense or 4-bit, and the names under which they go out again."""
 
+import sys
+from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn as nn
 
 from formats.errors import UserError
 from formats.gptq import inspect_layers
@@ -17,31 +20,47 @@ def fill(llama, folder, dtype, weights=True, with_head=False):
     Every tensor that the model needs must be there, in its shape, and nothing else but what is known to be redundant.
     dtype, weights, with_head: see model.load. Returns the weight of the scalar head, or None.
     """
-    config = llama.config
     tensors = read_tensors(folder, weights)
     with torch.device("meta"):
         packed = use_packed_layers(llama, tensors, folder)
     head = tensors.pop("score.weight", None) if with_head else None
     if head is not None:
         llama.lm_head = None
+    elif llama.config.tie_word_embeddings and weights:
+        use_own_head(llama, tensors, folder)
+    config = llama.config
     for name in list(tensors):
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if tied or name.endswith("rotary_emb.inv_freq"):
             del tensors[name]  # redundant
-    check_tensors(folder, tensors, checkpoint_tensors(llama))
+    check_tensors(folder, tensors, checkpoint_tensors(llama), config.model_type)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(".scales"):
             tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
     state = {name: tensors[name_in_files(name)] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
     if weights and packed:
-        inspect_layers(folder, packed, config.quantization, partial(declares_bias, config))
+        inspect_layers(folder, packed, config.quantization, partial(has_bias, config))
     return head
+
+
+def use_own_head(llama, tensors, folder):
+    """Where config.json says that head and embeddings are one, and the file has another head: use that, and say so."""
+    head, embed = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head is None or embed is None or torch.equal(head, embed.to(head.dtype)):
+        return
+    print(
+        f"lastmile.py: warning: {folder}: config.json says tie_word_embeddings, but lm_head.weight differs from the "
+        f"embeddings; the model's own head is used",
+        file=sys.stderr,
+    )
+    llama.config = replace(llama.config, tie_word_embeddings=False)
+    llama.lm_head = nn.Linear(llama.config.hidden_size, llama.config.vocab_size, bias=False, device="meta")
 
 
 def check_same_size(folder, found, base):
     """Raise UserError unless a whole model (--tune full) has the sizes of its base; both LlamaConfig."""
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"):
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "biases", "head_norm"):
         if getattr(found, name) != getattr(base, name):
             raise UserError(f"{folder}: its {name} is not that of the base; name the base it was trained from")
 
@@ -77,15 +96,15 @@ def use_packed_layers(llama, tensors, folder):
             group_size = quantization["group_size"] if quantization["group_size"] > 0 else K
             g_idx = torch.arange(K, dtype=torch.int32, device="cpu") // group_size
             tensors.setdefault(f"{name}.g_idx", g_idx)
-        bias = f"{name}.bias" in tensors or declares_bias(llama.config, name)
+        bias = f"{name}.bias" in tensors or has_bias(llama.config, name)
         layer.base = QuantLinear(K, N, quantization["group_size"], bias, quantization["zero_offset"])
         layers[name] = layer.base
     return layers
 
 
-def declares_bias(config, name):
+def has_bias(config, name):
     """Whether config.json gives a projection a bias; name as in "model.layers.0.mlp.up_proj"."""
-    return config.mlp_bias if ".mlp." in name else config.attention_bias
+    return name.rpartition(".")[2] in config.biases
 
 
 def checkpoint_tensors(llama):

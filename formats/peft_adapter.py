@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from lora import adapter_parameters, add_adapter, lora_layers
 
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# What else a PEFT config may say that would change the maths; each must be as here, or absent.
+# What else a PEFT config may say that would change the maths; each must be as here, absent or empty.
 REQUIRED = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
     "use_qalora": False, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None,
     "exclude_modules": None, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
     "alora_invocation_tokens": None, "arrow_config": None,
 }  # fmt: skip
+INITS = "none", "true", "false", "gaussian", "eva", "orthogonal"  # that leave the base alone, unlike PiSSA
 
 
 def write(module, name, folder, base_name, head=None, base_hash=""):
@@ -80,13 +82,16 @@ def read(module, name, folder, base_hash=""):
     if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
         raise UserError(f"{folder}: trained on another base model than this one; name that one, or train it again")
     for flag, plain in REQUIRED.items():
-        if config.get(flag) not in (None, plain):
+        if config.get(flag) not in (None, plain, [], {}):
             raise UserError(f"{place}: {flag}={config[flag]!r} changes the maths; not supported, train it without")
-    if str(init := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq")):
+    init = config.get("init_lora_weights")
+    if str(init).lower() not in INITS:
         raise UserError(
-            f"{place}: init_lora_weights={init!r} has changed the base as well; save it as a plain LoRA by PEFT's "
-            f"save_pretrained(path_initial_model_for_weight_conversion=...)"
+            f"{place}: init_lora_weights={init!r:.80} may have changed the base as well; save it as a plain LoRA by "
+            f"PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    # A model's own state_dict has the adapter's name in its keys, which PEFT leaves out of files.
+    tensors = {re.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): tensor for key, tensor in tensors.items()}
     try:
         r, alpha, targets = int(config["r"]), float(config["lora_alpha"]), config["target_modules"]
         ranks = {t.shape[:1] for key, t in tensors.items() if key.endswith("lora_A.weight") and t.numel()}

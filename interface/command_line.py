@@ -10,11 +10,12 @@ stopped by Ctrl-C or SIGTERM. Every error that is not a bug is one line on stand
 
 import errno
 import importlib.util
+import json
 import os
 import re
 import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def resolve(command, given):
     found["device"] = choose_device(s.device)
     found["dtype"] = s.dtype
     if s.dtype == "auto":
-        found["dtype"] = choose_dtype(command, found["device"], found["model"])
+        before = dtype_before(output / f"{command}.partial", getattr(s, "resume", ""))
+        found["dtype"] = choose_dtype(command, found["device"], found["model"], before)
     return replace(s, **found)
 
 
@@ -115,21 +117,36 @@ def choose_device(name):
     return name
 
 
-def choose_dtype(command, device, model):
-    """The dtype of --dtype auto: bfloat16 on a GPU, and on a CPU that multiplies it, over bases that are worth it.
+def choose_dtype(command, device, model, before=None):
+    """The dtype of --dtype auto: bfloat16 on a GPU, and on a CPU where it is faster, over bases that are worth it.
 
     Worth it are models of the Hub and folders with more than 64 MB of weights. What makes a base (pretrain, quantize,
-    merge) stays fp32 on a CPU.
+    merge) stays fp32 on a CPU. before: what was found when the run started: a clock may find otherwise now.
     """
     if device == "cuda":
         return "bfloat16"
     from formats.hub import on_hub
-    from speed.cpu import multiplies_bf16
+    from speed.cpu import bf16_is_faster, multiplies_bf16
 
     if command in ("pretrain", "quantize", "merge") or not multiplies_bf16():
         return "float32"
     size = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-    return "bfloat16" if size > LARGE_BASE or on_hub(model) else "float32"
+    if size <= LARGE_BASE and not on_hub(model):
+        return "float32"
+    return before or ("bfloat16" if bf16_is_faster() else "float32")
+
+
+def dtype_before(partial, resume=""):
+    """The dtype of the run that was stopped in a stage's folder, or whose checkpoint --resume names; None: unknown.
+
+    It is in a training's checkpoints, and in the first line of each file of responses that eval keeps.
+    """
+    place = partial / "checkpoints"
+    named = [Path(resume) / "state.json"]
+    for file in (*named, *sorted(place.glob("step-*/state.json")), *sorted(place.glob("*.jsonl"))):
+        with suppress(OSError, ValueError, LookupError, TypeError), open(file, encoding="utf-8") as opened:
+            return json.loads(opened.readline())["--dtype"]
+    return None
 
 
 def be_deterministic():

@@ -66,7 +66,7 @@ class Common:
     dtype: str = opt(
         "auto",
         "dtype of the base's activations; auto: bfloat16 on a GPU and, over bases of more than 64 MB, on CPUs that "
-        "multiply it; else float32",
+        "multiply it faster; else float32",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     overwrite: bool = opt(False, "replace the stage's folder if it already exists", result=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-LARGE_PROCESS = 2 << 30  # bytes; the toy stays below, where it would cost a tenth of a step
+GROWTH = 1.2  # of the process, over what a step needs, until its free memory goes back to the system
 
 
 def resident_memory():
@@ -28,14 +28,28 @@ def peak_memory(device):
 
 
 def return_free_memory():
-    """Give the heap's free pages back to the system, once the process is large.
-
-    The C library keeps what was freed, and tensors of the next batch, of other lengths, do not fit the gaps: the peak
-    grew by 40 % in an epoch. It costs 50 ms at 135 M parameters, where a step takes seconds, and does nothing where
-    the C library is not glibc.
-    """
-    if resident_memory() < LARGE_PROCESS:
-        return
+    """Give the heap's free pages back to the system; does nothing where the C library is not glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
+
+
+class FreeMemory:
+    """Gives free memory back when the process has grown by a fifth over what a step needs.
+
+    The C library keeps what was freed, and tensors of the next batch, of other lengths, do not fit the gaps: the peak
+    grew by 40 % in an epoch. But the step after touches every page again, which costs some machines half a step: so
+    not after each. What a step needs is what the process holds after a first one, the most of those seen.
+    """
+
+    def __init__(self):
+        self.needed = 0  # bytes
+        self.first = True  # whether the step that ends is the first since memory went back
+
+    def end_step(self):
+        held = resident_memory()
+        if self.first:
+            self.needed = max(self.needed, held)
+        self.first = held > GROWTH * self.needed
+        if self.first:
+            return_free_memory()

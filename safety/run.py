@@ -38,7 +38,7 @@ from safety.checkpoint import (
 )
 from safety.files import clear, write_json
 from safety.loggers import open_loggers
-from safety.memory import peak_memory, return_free_memory
+from safety.memory import FreeMemory, peak_memory
 from safety.terminal import Stopped, say
 from safety.validation import BEST
 
@@ -70,6 +70,7 @@ class Run:
         self.step = -1  # the current step
         self.stop = 0  # the number of the signal that asks the run to stop
         self.tokens = 0  # processed since the start
+        self.free_memory = FreeMemory()
         ranks.agree(self.facts)
         self.loggers = open_loggers(settings, stage) if ranks.first() else []
         self.first = self.restore() if ranks.first() else 0
@@ -246,7 +247,7 @@ class Run:
             ranks.wait()  # where the first rank could not save, all end as it does
         if stop:
             raise Stopped(stop)
-        return_free_memory()
+        self.free_memory.end_step()
 
     def save(self, done, must):
         """Write a checkpoint and delete the oldest. A full disk is an error only if there is no next attempt (must)."""

@@ -25,11 +25,15 @@ LARGE = 1 << 16  # numbers in a matrix from which oneDNN's own layout pays
 
 
 class Product:
-    """x (B, K) -> x W^T (B, N), for a weight W (N, K); with A (R, K), W (N, K + R): [x, x A^T] W^T."""
+    """x (B, K) -> x W^T + b (B, N), for a weight W (N, K); with A (R, K), W (N, K + R): [x, x A^T] W^T + b.
 
-    def __init__(self, weight, rows, A=None):
+    bias: b (N,), or None.
+    """
+
+    def __init__(self, weight, rows, A=None, bias=None):
         self.packed = self.columns = None
         self.dtype = weight.dtype
+        self.bias = bias  # fp32
         self.A = None if A is None else A.T.contiguous()  # (K, R) fp32
         if weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -41,8 +45,10 @@ class Product:
             x = torch.cat((x, x @ self.A), dim=1)  # (B, K + R)
         x = x.to(self.dtype)
         if self.packed is None:
-            return (x @ self.columns).float()
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "").float()
+            y = (x @ self.columns).float()
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "").float()
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Layer:
 
     input_norm: torch.Tensor  # (C,)
     qkv: Product  # C -> (H + 2 J) D
+    head_norm: torch.Tensor | None  # (H + J, 1, D), of each head of q and k
     o: Product  # H D -> C
     mlp_norm: torch.Tensor  # (C,)
     gate_up: Product  # C -> 2 F
@@ -64,7 +71,7 @@ def prepare(llama, adapter, rows):
     """
     config = llama.config
     one_adapter = adapter is None or isinstance(adapter, str)
-    if not one_adapter or config.attention_bias or config.mlp_bias or size(config) > LARGEST:
+    if not one_adapter or size(config) > LARGEST:
         return None
     key = (adapter, rows, [(id(p), p._version) for p in llama.parameters()])
     if llama.prepared is None or llama.prepared[0] != key:
@@ -96,16 +103,27 @@ def layers_of(llama, adapter, rows):
         )  # fmt: skip
         qkv, o, gate_up, down = [product(group, adapter, rows, bf16) for group in groups]
         norms = block.input_layernorm.weight.float(), block.post_attention_layernorm.weight.float()
-        found.append(Layer(norms[0], qkv, o, norms[1], gate_up, down))
+        found.append(Layer(norms[0], qkv, head_norm(attention), o, norms[1], gate_up, down))
     return found
+
+
+def head_norm(attention):
+    """The weights of q_norm for every head of q and of k_norm for every head of k, (H + J, 1, D); None without them."""
+    if not hasattr(attention.q_norm, "weight"):
+        return None
+    q, k = attention.q_norm.weight.float(), attention.k_norm.weight.float()
+    return torch.cat((q.expand(attention.H, 1, -1), k.expand(attention.J, 1, -1)))
 
 
 def product(layers, adapter, rows, bf16):
     """One Product of the layers with one input, their outputs side by side."""
+    bias = None
+    if layers[0].base.bias is not None:  # the others then have one, too
+        bias = torch.cat([layer.base.bias.float() for layer in layers])
     if bf16:
         weight, (A, B) = merged(layers, None, torch.bfloat16), side_by_side(layers, adapter)
-        return Product(torch.cat((weight, B.bfloat16()), dim=1), rows, A if len(A) else None)
-    return Product(merged(layers, adapter), rows)
+        return Product(torch.cat((weight, B.bfloat16()), dim=1), rows, A if len(A) else None, bias)
+    return Product(merged(layers, adapter), rows, bias=bias)
 
 
 def side_by_side(layers, adapter):
@@ -162,7 +180,10 @@ def decoder(llama, adapter, cache, rope_table, rotate):
         x = embed[token].float()  # (B, C)
         for i, layer in enumerate(layers):
             heads = layer.qkv(F.rms_norm(x, (C,), layer.input_norm, eps)).view(B, H + 2 * J, 1, D)
-            turned = rotate(heads[:, : H + J], cos, sin)  # (B, H + J, 1, D)
+            turned = heads[:, : H + J]  # (B, H + J, 1, D)
+            if layer.head_norm is not None:
+                turned = F.rms_norm(turned, (D,), eps=eps) * layer.head_norm
+            turned = rotate(turned, cos, sin)
             k, v = cache.update(i, turned[:, H:], heads[:, H + J :])  # (B, J, all columns, D)
             q = (turned[:, :H] * D**-0.5).view(B, J, H // J, D)
             score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)

@@ -63,8 +63,8 @@ def words(nibbles, axis):
 
 
 def packed_folder(folder, data="gptq", z=8, act_order=False, group_size=32, bias=False, scales=torch.float16,
-                  rest=torch.float16, g_idx=True, **said):  # fmt: skip
-    """Write a 4-bit Llama in any form there is, of random weights, and return its dense twin: transformers' Llama over
+                  rest=torch.float16, g_idx=True, family="Llama", **said):  # fmt: skip
+    """Write a 4-bit Llama in any form there is, of random weights, and return its dense twin: transformers' model over
     W = (q - z) s, the published formula. None of it is the engine's.
 
     data: how the zero points are stored; z: the zero point, or None for one a group and column; rest: the dtype of what
@@ -72,10 +72,13 @@ def packed_folder(folder, data="gptq", z=8, act_order=False, group_size=32, bias
     """
     transformers = pytest.importorskip("transformers")
     shape = dict(vocab_size=64, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)
-    shape |= dict(num_key_value_heads=2, attention_bias=bias, mlp_bias=bias, rms_norm_eps=1e-5)
+    shape |= dict(num_key_value_heads=2, rms_norm_eps=1e-5, head_dim=16)
+    if family == "Llama":
+        shape |= dict(attention_bias=bias, mlp_bias=bias)
     torch.manual_seed(0)
     rng, tensors = np.random.default_rng(0), {}
-    twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).requires_grad_(False).eval()
+    config = getattr(transformers, f"{family}Config")(**shape)
+    twin = getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False).eval()
     for name, layer in twin.model.layers.named_modules(prefix="model.layers"):
         if isinstance(layer, nn.Linear):
             N, K = layer.weight.shape
@@ -94,7 +97,9 @@ def packed_folder(folder, data="gptq", z=8, act_order=False, group_size=32, bias
     found = dict(quant_method="gptq", bits=4, group_size=group_size, desc_act=act_order, sym=z is not None)
     found = {key: value for key, value in (found | {"checkpoint_format": data} | said).items() if value is not None}
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "quantization_config": found}))
+    (folder / "config.json").write_text(
+        json.dumps(shape | {"model_type": config.model_type, "quantization_config": found})
+    )
     save_file(tensors, folder / "model.safetensors")
     return twin
 

@@ -115,7 +115,7 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (11, lambda p: (p.base / "config.json").write_text("[" * 100_000), MLE, "config.json: not JSON"),
     (11, lambda p: (p.base / "config.json").write_bytes("{}".encode("utf-16")), MLE, "config.json: not JSON"),
     (12, lambda p: p.config(model_type="gpt2"), MLE, "model_type 'gpt2' is not supported"),
-    (12, lambda p: p.config(model_type="qwen3"), MLE, "'qwen3'"),
+    (12, lambda p: p.config(model_type="qwen3_moe"), MLE, "'qwen3_moe' is not supported; a mixture of experts"),
     (12, lambda p: p.config(model_type=None), MLE, "None is not supported"),
     (13, lambda p: p.config(num_attention_heads=3, head_dim=None), MLE, "q_proj: 32 x 30"),
     (13, lambda p: p.config(num_key_value_heads=3), MLE, "not a multiple of num_key_value_heads 3"),

@@ -146,15 +146,13 @@ def test_a_4bit_base_is_not_dequantized_again(run_folder, prompts, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("reason", ["two adapters", "biases", "size"])
+@pytest.mark.parametrize("reason", ["two adapters", "size"])
 def test_what_it_does_not_do_is_done_plainly(run_folder, monkeypatch, reason):
     """Where there is no fast step, there is None, and model.sample calls decode."""
     llama = loaded(run_folder / "base")
     adapter = "policy"
     if reason == "two adapters":
         adapter = (("policy", 3), ("policy", 2))
-    if reason == "biases":
-        llama.config = data.replace(llama.config, attention_bias=True)
     if reason == "size":
         monkeypatch.setattr(cpu_decoder, "LARGEST", 1000)
     assert cpu_decoder.prepare(llama, adapter, 5) is None

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -23,7 +24,8 @@ from interface import command_line, folders
 from interface import commands as settings_module
 from safety import ranks, terminal
 from safety import run as run_module
-from safety.memory import resident_memory, return_free_memory
+from safety.memory import FreeMemory, resident_memory, return_free_memory
+from speed import cpu
 
 SMALL = ["--train-examples", 14, "--max-steps", 2, "--max-new-tokens", 24]
 
@@ -123,8 +125,8 @@ def test_value_warmup_leaves_the_policy_alone(fresh_run, reward):
 
 
 def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
-    """--dtype auto on a CPU with bf16 products: over large bases and the Hub's, in what trains adapters or answers; a
-    small base, and what makes a base, stay fp32. The decision asks the machine and no clock: a resumed run decides so.
+    """--dtype auto on a CPU with faster bf16 products: over large bases and the Hub's, in what trains adapters or
+    answers; a small base, and what makes a base, stay fp32. So does all where they are slower, as on some Xeons.
     """
     (tmp_path / "model.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "model.safetensors", 65 << 20)
@@ -132,12 +134,35 @@ def test_auto_is_bf16_where_the_cpu_multiplies_it(tmp_path, monkeypatch):
     small.mkdir()
     (small / "model.safetensors").write_bytes(b"0" * 1000)
     monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: True)
     choose = command_line.choose_dtype
     assert choose("mle", "cpu", str(tmp_path)) == choose("ppo", "cpu", "OWNER/NAME") == "bfloat16"
     assert choose("mle", "cpu", str(small)) == choose("quantize", "cpu", str(tmp_path)) == "float32"
     assert choose("mle", "cuda", str(small)) == "bfloat16"
-    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: False)
     assert choose("mle", "cpu", str(tmp_path)) == "float32"
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: False)
+    assert choose("mle", "cpu", str(tmp_path), "bfloat16") == "float32"
+
+
+def test_a_resumed_run_keeps_its_dtype(fresh_run, monkeypatch):
+    """A clock chose the dtype when the run started; asked again it may say otherwise, and the bits would differ."""
+    monkeypatch.setattr("speed.cpu.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("training.command_line.LARGE_BASE", 0)
+    flags = ["mle", *SMALL, "--max-steps", 2]
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: True)
+    assert fresh_run(*flags, "--max-time", 1e-9) == 143
+    monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: False)
+    place = fresh_run.folder / "mle.partial/checkpoints/step-00000001"
+    assert command_line.dtype_before(fresh_run.folder / "ppo.partial", str(place)) == "bfloat16"
+    assert fresh_run(*flags, "--resume") == 0
+    assert json.loads((fresh_run.folder / "mle/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bf16_is_timed():
+    """The answer of a clock, whichever, in no more time than a user would notice."""
+    start = time.perf_counter()
+    assert cpu.bf16_is_faster() in (True, False) and time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])
@@ -580,16 +605,29 @@ def test_a_dry_run_makes_one_update_on_the_largest_batch(fresh_run, reward, monk
     assert seen == [(0.0, True)] and len(sizes) == 4
 
 
-def test_free_memory_goes_back_between_steps(monkeypatch):
+def test_free_memory_goes_back():
     """Freed blocks between live ones stay with the C library and add to the peak, unless they are returned."""
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("only glibc has malloc_trim")
-    monkeypatch.setattr("safety.memory.LARGE_PROCESS", 0)
     blocks = [bytearray(b"1" * 100_000) for _ in range(2000)]
     kept, before = blocks[::50], resident_memory()
     del blocks
     return_free_memory()
     assert len(kept) == 40 and before - resident_memory() > 150e6
+
+
+def test_memory_goes_back_only_when_the_process_has_grown(monkeypatch):
+    """After every step it cost half a step on some CPUs, as the next one touches all pages again; never, the peak grew
+    by 40 %. What a step needs is learned: a longer batch counts once.
+    """
+    held = iter([100, 110, 119, 121, 150, 160, 179, 181, 140, 170])
+    monkeypatch.setattr("training.run.resident_memory", lambda: next(held))
+    calls = []
+    monkeypatch.setattr("training.run.return_free_memory", lambda: calls.append(memory.needed))
+    memory = FreeMemory()
+    for _ in range(10):
+        memory.end_step()
+    assert calls == [100, 150]
 
 
 def test_a_dry_run_writes_no_tables(fresh_run, capsys):

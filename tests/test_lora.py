@@ -216,7 +216,6 @@ DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it 
         lambda c, t: t.update({key.removeprefix("base_model.model."): t.pop(key) for key in list(t)}),
         "56 t",
     ),
-    "adapter's name in a key": (lambda c, t: t.update({KEY.replace("A.", "A.default."): t.pop(KEY)}), "A.default."),
     "other rank in the config": (lambda c, t: c.update(r=2), "r 2 and lora_alpha 8.0 in the config, ranks [(4,)] in"),
     "10^12 ranks": (lambda c, t: c.update(r=10**12), "r 1000000000000 and"),
     "modules_to_save of lists": (lambda c, t: c.update(modules_to_save=[["score"]]), "unreadable adapter"),
@@ -235,6 +234,7 @@ DAMAGE = {  # what is wrong with an adapter's (config, tensors): how to make it 
     "head": (lambda c, t: c.update(modules_to_save=["score", "lm_head"]), "modules_to_save=['lm_head']"),
     "transposed": (lambda c, t: c.update(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "pissa": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
+    "lora_ga": (lambda c, t: c.update(init_lora_weights="lora_ga"), "init_lora_weights='lora_ga' may have changed"),
     "olora": (lambda c, t: c.update(init_lora_weights="OLoRA"), "init_lora_weights='OLoRA'"),
     "other method": (lambda c, t: (c.update(peft_type="IA3"), c.pop("r")), "peft_type='IA3'"),
     "fewer targets": (lambda c, t: c.update(target_modules=["q_proj"]), "extra"),
@@ -259,6 +259,30 @@ def test_adapters_that_do_not_fit_are_refused(run_folder, tmp_path, damage, mess
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         model.load(run_folder / "base").load_adapter("policy", tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+HARMLESS = {
+    "the adapter's name in a key": lambda c, t: t.update({KEY.replace("A.", "A.default."): t.pop(KEY)}),
+    "nothing is excluded": lambda c, t: c.update(exclude_modules=[], layers_to_transform=[], rank_pattern=None),
+    "eva": lambda c, t: c.update(init_lora_weights="eva"),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
+def test_adapters_that_compute_the_same_are_read(run_folder, tmp_path, change):
+    """What changes no number is no reason to refuse: keys as in a model's state_dict, empty lists, an initialization
+    that left the base alone.
+    """
+    llama = with_adapters(model.load(run_folder / "base"), "policy")
+    llama.save_adapter("policy", tmp_path, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    again = model.load(run_folder / "base")
+    again.load_adapter("policy", tmp_path)
+    assert torch.equal(again(TOKENS, "policy"), llama(TOKENS, "policy"))
 
 
 @pytest.mark.parametrize(
@@ -444,7 +468,15 @@ def test_reward_models_of_peft_open_here(run_folder, tmp_path, dtype, tolerance,
 
 
 @pytest.mark.parametrize(
-    "form", [dict(), dict(data="gptq_v2", act_order=True, z=None), dict(bias=True, z=None)], ids=str
+    "form",
+    [
+        dict(),
+        dict(data="gptq_v2", act_order=True, z=None),
+        dict(bias=True, z=None),
+        dict(family="Qwen2"),
+        dict(family="Qwen3"),
+    ],
+    ids=str,
 )
 def test_gradients_equal_pefts(tmp_path, form):
     """The gradient of a real loss with respect to every adapter tensor, over packed weights, is PEFT's over the same

@@ -102,6 +102,15 @@ FAMILIES = {
     ),
     "attention bias": dict(attention_bias=True, num_key_value_heads=2),
     "MLP bias": dict(mlp_bias=True),
+    "Qwen2.5": dict(family="Qwen2", num_key_value_heads=2, rope_theta=1e6, rms_norm_eps=1e-6),
+    "Qwen2.5, tied": dict(family="Qwen2", num_key_value_heads=1, tie_word_embeddings=True),
+    "Qwen3": dict(family="Qwen3", num_key_value_heads=2, head_dim=24, rope_theta=1e6),
+    "Qwen3, tied": dict(family="Qwen3", num_key_value_heads=1, head_dim=16, tie_word_embeddings=True),
+    "Qwen3, biases": dict(family="Qwen3", num_key_value_heads=4, head_dim=8, attention_bias=True),
+    "Seed-OSS": dict(family="SeedOss", num_key_value_heads=2, head_dim=16),
+    "Seed-OSS, all biases": dict(
+        family="SeedOss", num_key_value_heads=4, head_dim=8, attention_out_bias=True, mlp_bias=True
+    ),
 }  # fmt: skip
 
 
@@ -440,7 +449,7 @@ YARN, LINEAR = {"rope_type": "yarn", "factor": 2.0}, {"type": "linear", "factor"
 MISTRAL = dict(model_type="mistral")
 REFUSED = {  # what config.json says: the message
     **{f"model_type {name!r}": (dict(model_type=name), f"model_type {name!r} is not supported")
-       for name in ("gpt2", "qwen3", "gemma", "", None, ["llama"], 7)},
+       for name in ("gpt2", "olmo", "gemma", "", None, ["llama"], 7)},
     "no model_type": (dict(model_type=...), "model_type None is not supported"),
     "Mistral-7B-v0.1": (MISTRAL | dict(sliding_window=4096), "sliding_window 4096"),
     "a Mistral that does not say": (MISTRAL, "sliding_window 4096"),
@@ -508,7 +517,7 @@ def test_byte_order_mark(tmp_path):
 def test_save_and_load_are_inverse(tmp_path):
     """Config and weights come back as they were; a config.json that lost a field would change the next load's maths."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    llama = ours(rope_theta=500.0, rms_norm_eps=0.1, eos_token_id=(2, 5), rope_scaling=scaling, mlp_bias=True)
+    llama = ours(rope_theta=500.0, rms_norm_eps=0.1, eos_token_id=(2, 5), rope_scaling=scaling, biases=llama_folder.MLP)
     model.save(llama, tmp_path)
     again = model.load(tmp_path)
     assert type(again.config.rope_scaling["original_max_position_embeddings"]) is int  # else transformers warns
@@ -520,7 +529,8 @@ def test_what_is_saved_opens_in_transformers(tmp_path):
     """Our files are Hugging Face's: other tools can read a base that was pretrained here."""
     transformers = pytest.importorskip("transformers")
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    llama = ours(head_dim=24, rope_theta=500.0, rope_scaling=scaling, attention_bias=True, tie_word_embeddings=True)
+    shape = dict(head_dim=24, rope_theta=500.0, rope_scaling=scaling, tie_word_embeddings=True)
+    llama = ours(**shape, biases=llama_folder.ATTENTION)
     tokens = tokens_of(2, 48)
     model.save(llama, tmp_path)
     with torch.no_grad():
@@ -566,7 +576,7 @@ DAMAGE = {  # what is wrong with a folder's (config, tensors): how to make it so
     "more layers": (lambda c, t: c.update(num_hidden_layers=3), "model.layers.2.input_layernorm.weight is missing"),
     "10^9 layers": (lambda c, t: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected"),
     "other vocabulary": (lambda c, t: c.update(vocab_size=65), "lm_head.weight is of shape (64, 32), expected"),
-    "other family": (lambda c, t: c.update(model_type="qwen3"), "'qwen3'"),
+    "other family": (lambda c, t: c.update(model_type="gemma"), "'gemma'"),
     "no width": (lambda c, t: c.pop("hidden_size"), "hidden_size"),
     "bitsandbytes": (lambda c, t: c.update(quantization_config={"load_in_4bit": True}), "bitsandbytes"),
 }  # fmt: skip
@@ -758,6 +768,10 @@ BASES = {  # a base's folder and, where there is one, its reference
     "dense, tied": lambda folder: theirs(tie_word_embeddings=True).save_pretrained(folder),
     "4-bit": lambda folder: packed_folder(folder, z=None, act_order=True),
     "4-bit, biases": lambda folder: packed_folder(folder, "gptq_v2", bias=True),
+    "qwen2": lambda folder: theirs("Qwen2", num_key_value_heads=1, tie_word_embeddings=True).save_pretrained(folder),
+    "qwen3": lambda folder: theirs("Qwen3", num_key_value_heads=2, head_dim=24).save_pretrained(folder),
+    "qwen2, 4-bit": lambda folder: packed_folder(folder, family="Qwen2"),
+    "qwen3, 4-bit": lambda folder: packed_folder(folder, family="Qwen3"),
 }
 
 
@@ -889,7 +903,8 @@ def test_merged_model_equals_base_and_adapter(tmp_path, make):
     found = logits(model.load(merged), tokens)
     assert (expected - bare).abs().max() > 0.5
     assert (found - expected).norm() < 5e-3 * expected.norm()
-    reference = transformers.LlamaForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    assert type(reference).__name__.lower().startswith(llama.config.model_type)
     tensors = load_file(merged / "model.safetensors")
     assert set(tensors) == set(reference.state_dict()) - ({"lm_head.weight"} if llama.lm_head is None else set())
     assert {t.dtype for t in tensors.values()} == {torch.float16}

@@ -536,7 +536,8 @@ def test_quantised_folder_equals_its_dense_twin(run_folder):
 def test_quantised_biases_survive(tmp_path):
     """A model with biases is quantised, saved and read with them: left out, every layer would be off by a constant."""
     llama = model.initialize(
-        model.LlamaConfig(64, 32, 48, 2, 4, 2, 8, attention_bias=True, mlp_bias=True), torch.Generator().manual_seed(0)
+        model.LlamaConfig(64, 32, 48, 2, 4, 2, 8, biases=llama_folder.ATTENTION + llama_folder.MLP),
+        torch.Generator().manual_seed(0),
     ).requires_grad_(False)
     for name, parameter in llama.named_parameters():
         if name.endswith("bias"):
