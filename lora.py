@@ -107,6 +107,13 @@ def split_by_adapter(adapter, index, T):
     return parts
 
 
+def rows_of_indices(adapter, index, T):
+    """The adapter argument under which every token of flat indices (n,) into (B T) is a row, as after x[index]."""
+    if isinstance(adapter, str | None):
+        return adapter
+    return tuple((name, len(part)) for name, part in split_by_adapter(adapter, index, T))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adapters over a whole model: `module` is any module that contains LoRALinear layers
 

@@ -2,10 +2,12 @@
 
 So are Mistral, Qwen2.5 (biases on q, k and v) and Qwen3 (normalized heads); see formats.llama_folder.FAMILIES.
 
-    h = llama(tokens, adapter)            (B, T) -> (B, T, C)   the trunk under an adapter (see lora.py)
-    h = llama(tokens, adapter, wanted=i)  (B, T) -> (n, C)      the same at n flat indices i into (B T)
-    llama.logits(h[...])                  (…, C) -> (…, V)      only where they are asked for
-    llama.scalar(h, "reward")             (…, C) -> (…,)        a scalar head: rewards and values
+    h = llama(tokens, adapter)             (B, T) -> (B, T, C)   the trunk under an adapter (see lora.py)
+    h = llama(tokens, adapter, indices)    (B, T) -> (n, C)      the same at n indices into the flattened (B T)
+    h = llama.prefill(tokens, adapter, cache, indices)           the same, and the cache keeps keys and values
+    h = llama.decode(token, adapter, cache)  (B,) -> (B, C)      one more token a row
+    llama.logits(h)                        (…, C) -> (…, V)      only where they are asked for
+    llama.scalar(h, "reward")              (…, C) -> (…,)        a scalar head: rewards and values
 
 Batches are padded on the right. Attention is causal, so no real token ever sees the padding and training needs neither
 an attention mask nor position ids. Sampling prefills the padded prompts in one pass; from then on each row writes its
@@ -31,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
-from lora import LoRALinear, adapter_parameters, add_adapter, project, split_by_adapter
+from lora import LoRALinear, adapter_parameters, add_adapter, project, rows_of_indices
 from quant import quantize_blocks
 from speed import cpu, cpu_decoder
 from speed.cuda_graph import capture
@@ -93,21 +95,22 @@ def rope_frequency(config, device):
     return frequency
 
 
-def rope_table(positions, config):
-    """cos and sin of every position's angles: (…, T) -> two (…, 1, T, D), in fp32 (a bf16 angle is off by radians).
+class Rope:
+    """The rotation of queries and keys at given positions, (T,) or (B, T): rope(x) of x (B, H, T, D).
 
-    Dimension i and i + D/2 share an angle; the sin of the first half is negative, as `rotate` needs it.
+    Dimension i and i + D/2 are a pair (a, b), which becomes (a cos - b sin, b cos + a sin). Angles are fp32: a bf16 one
+    is off by radians.
     """
-    frequency = rope_frequency(config, positions.device)  # (D/2,)
-    angle = positions.float()[..., None, :, None] * frequency  # (…, 1, T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
+    def __init__(self, positions, config):
+        frequency = rope_frequency(config, positions.device)  # (D/2,)
+        angle = positions.float()[..., None, :, None] * frequency  # (…, 1, T, D/2)
+        cos, sin = angle.cos(), angle.sin()
+        self.cos, self.sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (…, 1, T, D)
 
-def rotate(x, cos, sin):
-    """x (B, H, T, D): each pair (a, b) = (x_i, x_(i + D/2)) becomes (a cos - b sin, b cos + a sin)."""
-    swapped = x.roll(x.shape[-1] // 2, -1)  # (b, a)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    def __call__(self, x):
+        swapped = x.roll(x.shape[-1] // 2, -1)  # (b, a)
+        return torch.addcmul(x * self.cos, swapped, self.sin).to(x.dtype)
 
 
 class KVCache:
@@ -122,8 +125,18 @@ class KVCache:
         self.length = torch.zeros(B, dtype=torch.long, device=device)  # (B,)
         self.row = torch.arange(B, device=device)
 
-    def update(self, layer, k, v):
-        """Append one token a row: k, v (B, J, 1, D). Returns all keys and values of the layer, (B, J, S, D)."""
+    def prefill(self, q, k, v, layer):
+        """Causal attention over the prompts, whose keys and values are stored: q (B, H, T, D), k, v (B, J, T, D)."""
+        self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
+        return attend(q, k, v)
+
+    def decode(self, q, k, v, layer):
+        """Attention of one new token a row, q (B, H, 1, D), to its row's past and to itself, k, v (B, J, 1, D)."""
+        k, v = self.append(k, v, layer)
+        return attend_last(q, k, v, self.length)
+
+    def append(self, k, v, layer):
+        """Store one token a row: k, v (B, J, 1, D). Returns all keys and values of the layer, (B, J, S, D)."""
         self.k[layer, self.row, :, self.length] = k[:, :, 0]
         self.v[layer, self.row, :, self.length] = v[:, :, 0]
         return self.k[layer], self.v[layer]
@@ -132,10 +145,6 @@ class KVCache:
         """Drop all rows but those of a (B,) mask."""
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
         self.row = self.row[: len(self.length)]
-
-    def fill(self, layer, k, v):
-        """Store the prompts: k, v (B, J, T, D), T <= S."""
-        self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
 
 
 def attend_last(q, k, v, length):
@@ -146,10 +155,9 @@ def attend_last(q, k, v, length):
     """
     (B, H, _, D), (_, J, S, _) = q.shape, k.shape
     beyond = torch.arange(S, device=q.device) > length[:, None]  # (B, S): padding, or nothing yet
-    with cpu.few_rows(B):
-        score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
-        score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
-        return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
+    score = q.view(B, J, H // J, D) * D**-0.5 @ k.transpose(2, 3)  # (B, J, H/J, S)
+    score = score.float().masked_fill(beyond[:, None, None], -torch.inf)
+    return (score.softmax(-1).to(v.dtype) @ v).view(B, H, 1, D)
 
 
 def attend(q, k, v, mask=None):
@@ -167,7 +175,12 @@ def attend(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_shared(q, k, v, mask):
+def attend_causal(q, k, v, layer):
+    """Attention of every token to itself and those before it: q (B, H, T, D), k, v (B, J, T, D) -> q's shape."""
+    return attend(q, k, v)
+
+
+def attend_shared(q, k, v, layer, mask):
     """Attention of rows of shared prompts: q (B, H, T, D), k, v (B, J, T, D) -> q's shape.
 
     Causal for the first P columns, which are prompt in every row; mask (B, 1, T - P, T) says what the rest see.
@@ -189,19 +202,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.head_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.head_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, adapter, cache, layer, mask):
-        """The heads' outputs, before o_proj: (B, T, C) -> (B, T, H D)."""
+    def forward(self, x, rope, adapter, attention, layer):
+        """The heads' outputs, before o_proj: (B, T, C) -> (B, T, H D). attention: (q, k, v, layer) -> q's shape."""
         B, T, _ = x.shape
         q, k, v = project((self.q_proj, self.k_proj, self.v_proj), x, adapter)
-        q = rotate(self.q_norm(q.view(B, T, self.H, self.D)).transpose(1, 2), cos, sin)  # (B, H, T, D)
-        k = rotate(self.k_norm(k.view(B, T, self.J, self.D)).transpose(1, 2), cos, sin)  # (B, J, T, D)
+        q = rope(self.q_norm(q.view(B, T, self.H, self.D)).transpose(1, 2))  # (B, H, T, D)
+        k = rope(self.k_norm(k.view(B, T, self.J, self.D)).transpose(1, 2))  # (B, J, T, D)
         v = v.view(B, T, self.J, self.D).transpose(1, 2)  # (B, J, T, D)
-        if cache is not None and T == 1:
-            y = attend_last(q, *cache.update(layer, k, v), cache.length)  # (B, H, 1, D)
-        else:
-            if cache is not None:
-                cache.fill(layer, k, v)
-            y = attend(q, k, v) if mask is None else attend_shared(q, k, v, mask)  # (B, H, T, D)
+        y = attention(q, k, v, layer)  # (B, H, T, D)
         return y.transpose(1, 2).reshape(B, T, self.H * self.D)
 
 
@@ -227,12 +235,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, adapter=None, cache=None, layer=0, mask=None, wanted=None):
-        """(B, T, C) -> (B, T, C), or (n, C) of the wanted tokens. wanted: (places, adapter argument of these rows)."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, adapter, cache, layer, mask)  # (B, T, H D)
-        if wanted is not None:  # keys and values were needed of every token, what follows is not
-            places, adapter = wanted
-            x, y = x.flatten(0, 1)[places], y.flatten(0, 1)[places]  # (n, C), (n, H D)
+    def forward(self, x, rope, adapter=None, attention=attend_causal, layer=0):  # (B, T, C) -> (B, T, C)
+        return self.feed(x, self.attend(x, rope, adapter, attention, layer), adapter)
+
+    def attend(self, x, rope, adapter, attention, layer):
+        """What the block's tokens read of one another: (B, T, C) -> (B, T, H D)."""
+        return self.self_attn(self.input_layernorm(x), rope, adapter, attention, layer)
+
+    def feed(self, x, y, adapter):
+        """The rest of the block, each token by itself: x (…, C), y (…, H D) -> (…, C)."""
         x = x + self.self_attn.o_proj(y, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
@@ -264,37 +275,53 @@ class Llama(nn.Module):
         self.hash = ""
         self.template = ""
 
-    def forward(self, tokens, adapter=None, cache=None, wanted=None, layout=None):
+    def forward(self, tokens, adapter=None, indices=None, layout=None):
         """Hidden states after the final norm: (B, T) long -> (B, T, C).
 
-        wanted: (n,) long, the places in the flattened (B T) of the tokens whose states are asked for, those of one
-        adapter together. The last block then skips the rest, and the result is (n, C).
+        indices: (n,) long, into the flattened (B T), of the tokens whose states are asked for, grouped by adapter. The
+        last block then skips the others, and the result is (n, C).
         layout: a speed.shared_prompts.SharedPrompts, whose tokens these are: several rows that continue one prompt.
-        With a cache: T > 1 stores the prompts, T = 1 appends one token a row; the caller then sets cache.length.
         """
-        B, T = tokens.shape
+        if layout is None:
+            return self.trunk(tokens, self.first_positions(tokens), attend_causal, adapter, indices)
+        attention = partial(attend_shared, mask=layout.mask(self.dtype))
+        return self.trunk(tokens, layout.positions, attention, adapter, indices)
+
+    def prefill(self, tokens, adapter, cache, indices):
+        """The same for right-padded prompts (B, T), whose keys and values an empty KVCache keeps: -> (n, C)."""
+        return self.trunk(tokens, self.first_positions(tokens), cache.prefill, adapter, indices)
+
+    def decode(self, token, adapter, cache):
+        """Append one token to each row of the cache: (B,) -> its hidden state (B, C)."""
+        h = self.trunk(token[:, None], cache.length[:, None], cache.decode, adapter)  # (B, 1, C)
+        cache.length += 1  # in place: a CUDA graph reads it
+        return h[:, 0]
+
+    @staticmethod
+    def first_positions(tokens):
+        return torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+
+    def rope(self, positions):
+        return Rope(positions, self.config)
+
+    def trunk(self, tokens, positions, attention, adapter, indices=None):
+        """All blocks: tokens (B, T), positions (T,) or (B, T), attention as in `Attention.forward` -> (B, T, C)."""
         x = self.model.embed_tokens(tokens)  # (B, T, C)
-        positions = torch.arange(T, device=tokens.device)  # (T,)
-        mask = None  # causal
-        if layout is not None:
-            positions, mask = layout.positions, layout.mask(x.dtype)  # (B, T)
-        if cache is not None and T == 1:
-            positions = cache.length[:, None]  # (B, 1)
-        cos, sin = rope_table(positions, self.config)  # (…, 1, T, D)
-        recompute = self.recompute and cache is None and torch.is_grad_enabled()
-        last = len(self.model.layers) - 1
-        if wanted is not None:
-            of_wanted = adapter  # the adapter argument in which every wanted token is a row
-            if not isinstance(adapter, str | None):
-                of_wanted = [(name, len(places)) for name, places in split_by_adapter(adapter, wanted, T)]
-            wanted = wanted, of_wanted
-        for i, block in enumerate(self.model.layers):
-            how = {"mask": mask, "wanted": wanted if i == last else None}
-            if recompute:
-                x = checkpoint(block, x, cos, sin, adapter, use_reentrant=False, preserve_rng_state=False, **how)
-            else:
-                x = block(x, cos, sin, adapter, cache, i, **how)
-        return self.model.norm(x)
+        rope = self.rope(positions)
+        *blocks, last = self.model.layers
+        recompute = self.recompute and torch.is_grad_enabled()
+        for layer, block in enumerate(blocks):
+            inputs = x, rope, adapter, attention, layer
+            x = (
+                checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(*inputs)
+            )
+        y = last.attend(x, rope, adapter, attention, len(blocks))  # (B, T, H D)
+        if indices is not None:  # keys and values were needed of every token, what follows is not
+            x, y = x.flatten(0, 1)[indices], y.flatten(0, 1)[indices]  # (n, C), (n, H D)
+            adapter = rows_of_indices(adapter, indices, tokens.shape[1])
+        return self.model.norm(last.feed(x, y, adapter))
 
     def logits(self, h, adapter=None):
         """Next-token logits, fp32: (…, C) -> (…, V). adapter: whose states these are; the head is the same for all."""
@@ -363,6 +390,10 @@ class Llama(nn.Module):
     def device(self):
         return self.model.embed_tokens.weight.device
 
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
@@ -399,7 +430,7 @@ def sample(
     if device.type == "cuda":
         step = capture(step, cache)
     elif max_new_tokens > 8:
-        step = cpu_decoder.decoder(llama, adapter, cache, rope_table, rotate) or step
+        step = cpu_decoder.decoder(llama, adapter, cache) or step
     row = torch.arange(B, device=device)  # which prompt each row of the cache belongs to
     done = torch.zeros(B, dtype=torch.bool, device=device)
     answers = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -434,20 +465,16 @@ def prefill(llama, prompts, adapter, max_new_tokens):
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     T = int(length.max())
     tokens = pad_sequence(list(map(torch.tensor, prompts)), batch_first=True)  # (B, T)
-    dtype = llama.model.embed_tokens.weight.dtype
-    cache = KVCache(llama.config, len(prompts), T + max_new_tokens, device, dtype)
+    cache = KVCache(llama.config, len(prompts), T + max_new_tokens, device, llama.dtype)
     last = torch.arange(len(prompts), device=device) * T + length - 1  # (B,)
-    h = llama(tokens.to(device), adapter, cache, wanted=last)  # (B, C)
-    logits = llama.logits(h)  # (B, V)
+    h = llama.prefill(tokens.to(device), adapter, cache, last)  # (B, C)
     cache.length = length
-    return cache, logits
+    return cache, llama.logits(h)
 
 
 def decode(llama, adapter, cache, token):
     """One step: append a token to each row, (B,) -> logits of the next, (B, V)."""
-    h = llama(token[:, None], adapter, cache)[:, 0]  # (B, C)
-    cache.length += 1
-    return llama.logits(h)
+    return llama.logits(llama.decode(token, adapter, cache))
 
 
 def cut_after_eos(row, eos):
@@ -529,8 +556,7 @@ def quantize(
     hidden = [llama.model.embed_tokens(torch.tensor([row], device=llama.device)) for row in calibration]  # (1, T, C)
 
     def run(block, x):
-        cos, sin = rope_table(torch.arange(x.shape[1], device=x.device), llama.config)
-        return block(x, cos, sin)
+        return block(x, llama.rope(torch.arange(x.shape[1], device=x.device)))
 
     stages = None
     if true_sequential:

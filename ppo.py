@@ -161,17 +161,17 @@ def mle_loss(logp, mask):
 # From hidden states to columns
 
 
-def places(mask):
-    """Where a mask is True, in the flattened (B T): (B, T) bool -> (n,) long, row by row."""
+def indices_of(mask):
+    """Where a mask is True, as indices into the flattened (B T): (B, T) bool -> (n,) long, row by row."""
     return mask.flatten().nonzero().squeeze(1)
 
 
-def states_before(mask):
-    """The places of the hidden states from which the n response tokens were chosen, one column before each: (n,).
+def indices_before(mask):
+    """Indices of the hidden states from which the n response tokens were chosen, one column before each: (n,).
 
     Every row begins with at least one prompt token, so that there is a state before its first response token.
     """
-    return places(mask) - 1
+    return indices_of(mask) - 1
 
 
 def fill(mask, flat):
@@ -186,7 +186,7 @@ def token_logp(logits, batch):
 
 def response_logp(llama, batch, adapter):
     """log pi of the response tokens under an adapter (None: the base), from one pass over the batch: (B, T)."""
-    h = llama(batch.tokens, adapter, wanted=states_before(batch.mask))  # (n, C)
+    h = llama(batch.tokens, adapter, indices_before(batch.mask))  # (n, C)
     return token_logp(llama.logits(h, adapter), batch)
 
 
@@ -204,8 +204,8 @@ def actor_critic(llama, batch, entropy_learns=False):
     of it is kept for backward.
     """
     B = len(batch.tokens)
-    before = states_before(batch.mask.repeat(2, 1))  # (2n,)
-    h = llama(batch.tokens.repeat(2, 1), (("policy", B), ("value", B)), wanted=before)  # (2n, C)
+    before = indices_before(batch.mask.repeat(2, 1))  # (2n,)
+    h = llama(batch.tokens.repeat(2, 1), (("policy", B), ("value", B)), before)  # (2n, C)
     policy_h, value_h = h.chunk(2)  # each (n, C)
     logits = llama.logits(policy_h, "policy")  # (n, V)
     logp = token_logp(logits, batch)  # (B, T)
@@ -231,11 +231,10 @@ def token_scores(llama, batch, layout=None):
     """
     tokens = batch.tokens if layout is None else layout.tokens
     if llama.has_head("reward"):
-        index = places(batch.mask) if layout is None else layout.places  # (n,)
-        score = llama.scalar(llama(tokens, "reward", wanted=index, layout=layout), "reward")  # (n,)
-        return fill(batch.mask, score)
-    index = states_before(batch.mask) if layout is None else layout.before  # (n,)
-    h = llama(tokens, "reward", wanted=index, layout=layout)  # (n, C)
+        indices = indices_of(batch.mask) if layout is None else layout.indices  # (n,)
+        return fill(batch.mask, llama.scalar(llama(tokens, "reward", indices, layout), "reward"))
+    indices = indices_before(batch.mask) if layout is None else layout.before  # (n,)
+    h = llama(tokens, "reward", indices, layout)  # (n, C)
     logp = token_logp(llama.logits(h, "reward"), batch)  # (B, T)
     return torch.where(batch.mask, likelihood_score(logp), 0)
 

@@ -20,19 +20,19 @@ class FullLlama(model.Llama):
         super().__init__(config)
         self.copies = {}
 
-    def forward(self, tokens, adapter=None, cache=None, wanted=None, layout=None):
+    def forward(self, tokens, adapter=None, indices=None, layout=None):
         """As in model.Llama."""
         names = [adapter] if isinstance(adapter, str) else [name for name, _ in adapter or ()]
         if not any(name in self.copies for name in names):
-            return super().forward(tokens, adapter, cache, wanted, layout)
+            return super().forward(tokens, adapter, indices, layout)
         if not isinstance(adapter, str):
             parts = tokens.split([rows for _, rows in adapter])
-            pairs = zip(parts, split_by_adapter(adapter, wanted, tokens.shape[1]), strict=True)
-            return torch.cat([self(part, name, wanted=index) for part, (name, index) in pairs])
+            pairs = zip(parts, split_by_adapter(adapter, indices, tokens.shape[1]), strict=True)
+            return torch.cat([self(part, name, index) for part, (name, index) in pairs])
         copy = self.copies[adapter]
         copy.recompute = self.recompute
         with self.precision():
-            return copy(tokens, None, cache, wanted, layout)
+            return copy(tokens, None, indices, layout)
 
     def precision(self):
         """The autocast under which fp32 weights are multiplied in the base's dtype."""

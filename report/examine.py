@@ -123,7 +123,7 @@ def add_numbers(s, llama, tokenizer, source, texts, outputs, score, has_value):
         scores = score(batch)  # (B, T)
         value = torch.zeros_like(scores)
         if has_value:
-            h = llama(batch.tokens, "value", wanted=ppo.states_before(batch.mask))  # (n, C)
+            h = llama(batch.tokens, "value", indices=ppo.indices_before(batch.mask))  # (n, C)
             value = ppo.fill(batch.mask, llama.scalar(h, "value"))  # (B, T)
         reward = ppo.token_rewards(batch, scores, s.length_penalty, s.reward_clamp)  # (B, T)
         traj = ppo.trajectory(batch, value, value, reward, s.gamma, s.lam)

@@ -155,10 +155,10 @@ def head_of(llama, rows):
     return Product(weight if in_bf16(llama) else weight.float(), rows)
 
 
-def decoder(llama, adapter, cache, rope_table, rotate):
+def decoder(llama, adapter, cache):
     """What model.decode does, as a function of the tokens alone: (B,) -> (B, V). None where there is no such path.
 
-    cache: model.KVCache, whose rows may be dropped between steps. rope_table, rotate: model's.
+    cache: model.KVCache, whose rows may be dropped between steps.
     """
     prepared = prepare(llama, adapter, len(cache.length))
     if prepared is None:
@@ -174,7 +174,7 @@ def decoder(llama, adapter, cache, rope_table, rotate):
         B = len(token)
         length = cache.length
         S = int(length.max()) + 1
-        cos, sin = rope_table(length[:, None], config)  # (B, 1, 1, D)
+        rope = llama.rope(length[:, None])
         beyond = torch.arange(S) > length[:, None]  # (B, S)
         beyond = torch.zeros(B, S).masked_fill_(beyond, -torch.inf)[:, None, None]  # (B, 1, 1, S)
         x = embed[token].float()  # (B, C)
@@ -183,8 +183,8 @@ def decoder(llama, adapter, cache, rope_table, rotate):
             turned = heads[:, : H + J]  # (B, H + J, 1, D)
             if layer.head_norm is not None:
                 turned = F.rms_norm(turned, (D,), eps=eps) * layer.head_norm
-            turned = rotate(turned, cos, sin)
-            k, v = cache.update(i, turned[:, H:], heads[:, H + J :])  # (B, J, all columns, D)
+            turned = rope(turned)
+            k, v = cache.append(turned[:, H:], heads[:, H + J :], i)  # (B, J, all columns, D)
             q = (turned[:, :H] * D**-0.5).view(B, J, H // J, D)
             score = q @ k[:, :, :S].transpose(2, 3) + beyond  # (B, J, H/J, S)
             y = score.softmax(-1) @ v[:, :, :S]  # (B, J, H/J, D)

@@ -27,7 +27,7 @@ class SharedPrompts:
     tokens: torch.Tensor  # (G, S) long
     positions: torch.Tensor  # (G, S) long: of a token in its row
     visible: torch.Tensor  # (G, 1, S - P, S) bool: which keys are seen by the queries beyond the shortest prompt, P
-    places: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
+    indices: torch.Tensor  # (n,) long: where the rows' response tokens are in the flattened (G S), row by row
     before: torch.Tensor  # (n,) long: where the state is from which each of them was chosen
 
     def mask(self, dtype):
@@ -45,7 +45,7 @@ def lay_out(batch):
     tokens = torch.zeros(G, S, dtype=torch.long)
     positions = torch.zeros(G, S, dtype=torch.long)
     part = torch.zeros(G, S, dtype=torch.long)  # 0: prompt, 1, 2, …: which of the group's responses
-    places, before = [None] * len(rows), [None] * len(rows)
+    indices, before = [None] * len(rows), [None] * len(rows)
     for g, group in enumerate(groups):
         prompt = rows[group[0]].prompt
         P = len(prompt)
@@ -58,8 +58,8 @@ def lay_out(batch):
             tokens[g, start:end] = torch.tensor(response)
             positions[g, start:end] = torch.arange(P, P + len(response))
             part[g, start:end] = n
-            places[b] = torch.arange(g * S + start, g * S + end)
-            before[b] = places[b] - 1
+            indices[b] = torch.arange(g * S + start, g * S + end)
+            before[b] = indices[b] - 1
             before[b][0] = g * S + P - 1  # the last token of the prompt, which all of the group's responses follow
             start = end
     column = torch.arange(S)
@@ -67,5 +67,5 @@ def lay_out(batch):
     causal = column[P:, None] >= column  # (S - P, S)
     query, key = part[:, P:, None], part[:, None, :]
     visible = causal & ((key == 0) | (key == query))  # (G, S - P, S); padding is a prompt that nobody sees
-    tensors = [tokens, positions, visible[:, None], torch.cat(places), torch.cat(before)]
+    tensors = [tokens, positions, visible[:, None], torch.cat(indices), torch.cat(before)]
     return SharedPrompts(*[tensor.to(batch.tokens.device) for tensor in tensors])

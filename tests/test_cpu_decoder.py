@@ -48,7 +48,7 @@ def test_logits_are_those_of_decode(run_folder, prompts, monkeypatch, base, adap
         for _ in range(2):
             cache, logits = model.prefill(llama, prompts, adapter, 20)
             caches.append(cache)
-        fast = cpu_decoder.decoder(llama, adapter, caches[1], model.rope_table, model.rotate)
+        fast = cpu_decoder.decoder(llama, adapter, caches[1])
         for i in range(12):
             token = logits.argmax(-1)
             if i == 6:
@@ -102,7 +102,7 @@ def test_a_bf16_base_is_decoded_no_less_exactly_than_by_decode(run_folder, promp
     with torch.inference_mode():
         for name, one in (("bf16", llama), ("fp32", exact)):
             cache, _ = model.prefill(one, prompts, "policy", 20)
-            step = cpu_decoder.decoder(one, "policy", cache, model.rope_table, model.rotate)
+            step = cpu_decoder.decoder(one, "policy", cache)
             found[name] = step(torch.tensor([5, 6, 7, 8, 9]))
     assert found["bf16"].dtype == torch.float32
     assert (found["bf16"] - found["fp32"]).abs().max() < 0.05 * found["fp32"].abs().max()

@@ -111,7 +111,7 @@ def test_the_fast_decoder_has_biases_and_head_norms(folder, monkeypatch, dtype):
         cache, _ = model.prefill(exact, RAGGED, "policy", 4)
         expected = model.decode(exact, "policy", cache, torch.tensor([5, 6, 7, 8]))
         cache, _ = model.prefill(llama, RAGGED, "policy", 4)
-        step = cpu_decoder.decoder(llama, "policy", cache, model.rope_table, model.rotate)
+        step = cpu_decoder.decoder(llama, "policy", cache)
         found = step(torch.tensor([5, 6, 7, 8]))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert (found - expected).norm() < tolerance * expected.norm()

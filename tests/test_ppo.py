@@ -275,7 +275,7 @@ def test_states_of_some_tokens_are_those_of_all(actors, adapter, recompute):
     parameters = [p for name in ("policy", "value") for p in actors.adapter_parameters(name)]
     actors.recompute = recompute
     try:
-        some, every = actors(tokens, adapter, wanted=wanted), actors(tokens, adapter).flatten(0, 1)[wanted]
+        some, every = actors(tokens, adapter, indices=wanted), actors(tokens, adapter).flatten(0, 1)[wanted]
     finally:
         actors.recompute = False
     torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)

@@ -6,10 +6,10 @@ To write token after token, a model needs the keys and values of all tokens so f
 token passes through the model once: the prompt in one pass, then one token at a time. One prompt, one row:
 
     cache = KVCache(llama.config, 1, S, llama.device, torch.float32)   room for S = len(prompt) + max_new_tokens
-    h = llama(tokens, None, cache)        (1, T) -> (1, T, C)          T > 1: a prompt, stored in columns 0 to T - 1
-    cache.length[:] = T                   yours to set: how many tokens the cache holds
-    h = llama(token, None, cache)         (1, 1) -> (1, 1, C)          T = 1: one token, stored in column cache.length
-    llama.logits(h[:, -1])                (1, C) -> (1, V)             of the token that comes next
+    h = llama.prefill(tokens, None, cache, i)   (1, T) -> (n, C)   of n indices i; the prompt is in columns 0 to T - 1
+    cache.length[:] = T                         yours to set: how many tokens the cache holds
+    h = llama.decode(token, None, cache)        (1,) -> (1, C)     one token, stored in column cache.length, which grows
+    llama.logits(h)                             (1, C) -> (1, V)   of the token that comes next
 
 The next token is the likeliest (u is None), or drawn by inverting the cumulative distribution: with a number u from 0
 to 1, one for each step, the first token i for which p_0 + ... + p_i is greater than u. Worked example:

@@ -8,11 +8,14 @@ from model import KVCache
 @torch.no_grad()
 def generate(llama, prompt, max_new_tokens, u=None):
     cache = KVCache(llama.config, 1, len(prompt) + max_new_tokens, llama.device, torch.float32)
-    new, answer = prompt, []  # new: the tokens that the model has not read yet
+    last = torch.tensor([len(prompt) - 1])
+    h = llama.prefill(torch.tensor([prompt]), None, cache, last)  # (1, C)
+    cache.length[:] = len(prompt)
+    answer = []
     for i in range(max_new_tokens):
-        h = llama(torch.tensor([new]), None, cache)  # (1, T, C)
-        cache.length += len(new)
-        logits = llama.logits(h[:, -1])[0]  # (V,)
+        if i > 0:
+            h = llama.decode(torch.tensor(answer[-1:]), None, cache)  # (1, C)
+        logits = llama.logits(h)[0]  # (V,)
         if u is None:
             token = logits.argmax().item()
         else:
@@ -21,5 +24,4 @@ def generate(llama, prompt, max_new_tokens, u=None):
         answer.append(token)
         if token in llama.config.eos_token_id:
             break
-        new = [token]
     return answer
