@@ -171,7 +171,7 @@ setup: .venv/dev
 
 loc:      ## lines of the ground floor, and of each wing
 	@wc -l lastmile.py data.py model.py lora.py quant.py ppo.py eval.py
-	@for wing in formats training beyond speed report toy; do echo "$$(cat $$wing/*.* | wc -l) $$wing/"; done
+	@for wing in formats safety interface beyond speed report toy; do echo "$$(cat $$wing/*.* | wc -l) $$wing/"; done
 
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__

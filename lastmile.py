@@ -153,7 +153,13 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
     s = settings
     steps = number_of_steps(s, rows)
     order = data.epochs(rows, s.batch_size, s.seed, rows_per_prompt(s))
-    end_dry_run(s, llama, rows, steps, optimizer.parameters, partial(try_largest, s, rows, update, act))
+
+    def one_update():
+        """What --dry-run measures: on the largest batch, at a rate of 0."""
+        batch = data.collate([rows[i] for i in largest_batch(s, rows)], s.device)
+        update(0, act(0, batch), 0.0)
+
+    end_dry_run(s, llama, rows, steps, optimizer.parameters, one_update)
     with Run(folder, stage, s, rows, optimizer, steps, llama.folder, **protection) as run:
         for step, index in enumerate(itertools.islice(order, run.first, steps), run.first):
             batch = data.collate([rows[i] for i in index], s.device)
@@ -165,16 +171,15 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
             run.end_step()
 
 
-def try_largest(settings, rows, update, act):
-    """One update on the largest batch of an epoch, at a rate of 0: what --dry-run measures."""
+def largest_batch(settings, rows):
+    """The row numbers of the batch of an epoch that has the most tokens, padding included."""
     order = data.epochs(rows, settings.batch_size, settings.seed, rows_per_prompt(settings))
     epoch = itertools.islice(order, math.ceil(len(rows) / settings.batch_size))
-    made = [data.collate([rows[i] for i in index], settings.device) for index in epoch]
-    update(0, act(0, max(made, key=padded_tokens)), 0.0)
 
+    def tokens(index):
+        return len(index) * max(len(rows[i].prompt) + len(rows[i].response) for i in index)
 
-def padded_tokens(batch):
-    return batch.tokens.numel()
+    return max(epoch, key=tokens)
 
 
 def rows_per_prompt(settings):
@@ -454,7 +459,7 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
         for i, part in enumerate(parts):
             logp, value, entropy = ppo.actor_critic(llama, part, settings.entropy_coef > 0)  # (B, T) each
             if epoch == 0:
-                trajectories.append(judge(llama, part, logp, value, scorer, settings, log_kl, counts))
+                trajectories.append(trajectory_of(llama, part, logp, value, scorer, settings, log_kl, counts))
                 first_logp.append(logp.detach())
             policy_loss = ppo.policy_loss(logp, trajectories[i], settings.clip_range)  # equation 3
             value_loss = ppo.value_loss(value, trajectories[i], settings.value_clip)  # to the target of equation 4
@@ -478,8 +483,8 @@ def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, poli
 
 
 @torch.no_grad()
-def judge(llama, batch, logp, value, scorer, settings, log_kl=False, counts=1):
-    """Score a batch, and compare it with the base where the KL is wanted; then its trajectory, see ppo.trajectory."""
+def trajectory_of(llama, batch, logp, value, scorer, settings, log_kl=False, counts=1):
+    """The trajectory of a batch, scored, and compared with the base if the KL is wanted; see ppo.trajectory."""
     s = settings
     kl = None
     if s.kl_coef or log_kl:  # the base is the policy without its adapter: no second model

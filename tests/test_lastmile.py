@@ -597,12 +597,19 @@ def test_a_dry_run_makes_one_update_on_the_largest_batch(fresh_run, reward, monk
         seen.append((rate, all(map(torch.equal, before, optimizer.parameters))))
         return norm
 
-    sizes, tokens = [], lastmile.padded_tokens
-    monkeypatch.setattr(lastmile, "padded_tokens", lambda batch: sizes.append(tokens(batch)) or tokens(batch))
+    longest, largest = [], lastmile.largest_batch
+
+    def watched_largest(settings, rows):
+        index = largest(settings, rows)
+        lengths = [len(row.prompt) + len(row.response) for row in rows]
+        longest.append(max(lengths[i] for i in index) >= sorted(lengths)[-6])  # batches hold rows of like length
+        return index
+
+    monkeypatch.setattr(lastmile, "largest_batch", watched_largest)
     monkeypatch.setattr(lastmile.Optimizer, "step", watched)
     flags = ["--train-examples", 20, "--batch-size", 6, "--reward", reward, "--max-new-tokens", 30]
     assert fresh_run("ppo", *flags, "--dry-run") == 0
-    assert seen == [(0.0, True)] and len(sizes) == 4
+    assert seen == [(0.0, True)] and longest == [True]
 
 
 def test_free_memory_goes_back():
