@@ -521,6 +521,8 @@ def judge_reward(settings):
     llama, tokenizer = open_base(settings)
     adapter = load_named(settings, llama, settings.adapter)
     rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
+    if not reward_function.is_function(settings.reward):
+        require(settings.reward, "reward", settings)
     score, _ = open_reward(settings, llama, tokenizer, rows)
     end_dry_run(settings, llama, rows)
     found = best_of.best_of(settings, llama, tokenizer, rows, score, adapter, settings.best_of)

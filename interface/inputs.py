@@ -308,7 +308,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
     if not folder.exists():  # a dry run, before there is a reward model
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
         return partial(ppo.reward_scores, llama), {}
-    level, head = reward_fact(folder, "level"), "scalar" if peft_adapter.has_head(folder) else "likelihood"
+    level, head = reward_level(folder), reward_head(folder)
     load_trained(llama, "reward", folder, head=head == "scalar")
 
     def score(batch):
@@ -318,8 +318,22 @@ def open_reward(settings, llama, tokenizer, rows=()):
     return score, facts | ({"reward head": head} if head != "scalar" else {})
 
 
-def reward_fact(folder, name):
-    """What config.json says of the reward model of a folder; name: "level" or "head". Without one: the paper's."""
+def reward_level(folder):
+    """What the reward model of a folder scores: "token" or "sequence"."""
+    return saved_choice(folder, "level")
+
+
+def reward_head(folder):
+    """What scores a token: "scalar" or "likelihood", which any adapter has that is no reward model."""
+    file = settings_file(folder)
+    stage = read_json(file).get("stage") if file.is_file() else None
+    if stage is None:
+        return "scalar" if peft_adapter.has_head(folder) else "likelihood"
+    return saved_choice(folder, "head") if stage == "reward" else "likelihood"
+
+
+def saved_choice(folder, name):
+    """The value of a setting of the reward stage in a folder's config.json; the paper's where it is silent."""
     choices = {f.name: f.metadata["choices"] for f in fields(Reward)}[name]
     file = settings_file(folder)
     found = read_json(file).get(name, choices[0]) if file.is_file() else choices[0]

@@ -230,7 +230,8 @@ def test_unusual_input_is_taken(place, capsys, spoil, said):
 @pytest.mark.parametrize("rows", [lambda n: [[2]] * n, lambda n: [[9] * 12] * n], ids=["EOS at once", "never EOS"])
 def test_rollouts_of_nothing(place, monkeypatch, rows):
     """Group 41: a policy that stops at once, or never, gives finite losses and right lengths, not a division by 0."""
-    monkeypatch.setattr(lastmile.model, "sample", lambda llama, prompts, *_, **__: rows(len(prompts)))
+    sampled = lambda llama, prompts, *_, **__: [(row, [-1.0] * len(row)) for row in rows(len(prompts))]  # noqa: E731
+    monkeypatch.setattr(lastmile.model, "sample", sampled)
     flags = ["--model", place.base, "--data", place.data, "--reward", place.reward, "--output-dir", place.out]
     assert lastmile.main(["ppo", "--max-steps", "2", "--max-new-tokens", "12", *map(str, flags)]) == 0
     first = json.loads((place.out / "ppo/metrics.jsonl").read_text().split("\n")[0])

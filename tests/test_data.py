@@ -959,7 +959,8 @@ def test_collate():
     assert batch.tokens.tolist() == [[1, 0, 5, 0, 7, 0, 2], [1, 6, 2, 0, 0, 0, 0]]
     assert batch.mask.int().tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0, 0]]
     assert batch.prompt_len.tolist() == [3, 2] and batch.ref_len.tolist() == [4, 1]
-    assert batch.label.tolist() == [[1.0] * 7, [0.0] * 7] and torch.equal(batch.weight, torch.tensor([1.0, 0.2]))
+    assert batch.label.tolist() == [1.0, 0.0] and torch.equal(batch.weight, torch.tensor([1.0, 0.2]))
+    assert torch.equal(batch.judged, batch.mask)
 
 
 def test_batches():

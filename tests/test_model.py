@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import model
 from formats import llama_folder
-from interface import estimate, folders
+from interface import folders
 from interface.use import merge_adapter
 from speed import cpu as cpu_speed
-from speed.shared_prompts import SharedPrompts
 
 RAGGED = [[1], [5, 6, 7, 8], [3, 9] * 5, [4, 11]]
 SHAPES = {
@@ -825,54 +824,6 @@ def kept_on_a_cpu(llama, tokens, adapter, **layout):
         h = llama(tokens, adapter, **layout)
     assert h.requires_grad
     return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in constant)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", BASES.values(), ids=BASES.keys())
-def test_kept_bytes_are_those_of_a_real_pass(tmp_path, make, dtype):
-    """The estimate that a dry run gives for activations, made without weights, is what a CPU keeps: equal to the byte
-    when this was written, 5 % are allowed. At 256 positions attention matrices would make it several times too large.
-    """
-    make(tmp_path)
-    real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
-    for llama in (real, meta):
-        for name in ("policy", "value"):
-            llama.add_adapter(name, 4, 8.0, ["q_proj", "v_proj", "down_proj"], torch.Generator().manual_seed(0))
-    sizes = {}
-    for B, T in ((1, 16), (2, 16), (2, 256)):
-        for adapter in ("policy", (("policy", B - 1), ("value", 1))):
-            found = estimate.kept_bytes(meta, B, T, adapter)
-            assert found == pytest.approx(kept_on_a_cpu(real, tokens_of(B, T), adapter), rel=0.05)
-            sizes[B, T, type(adapter)] = found
-    assert 0 < sizes[1, 16, str] < sizes[2, 16, str] < sizes[2, 256, str]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_bytes_of_shared_prompts(tmp_path, dtype):
-    """The same for the layout of shared prompts: its mask is counted and, with grouped heads, the repeated keys that a
-    GPU needs; a CPU keeps up to an eighth less.
-    """
-    theirs(num_key_value_heads=2).save_pretrained(tmp_path)
-    real, meta = model.load(tmp_path, dtype=dtype), model.load(tmp_path, dtype=dtype, weights=False)
-    for llama in (real, meta):
-        llama.add_adapter("reward", 4, 8.0, ["q_proj", "v_proj"], torch.Generator().manual_seed(0))
-    place = torch.arange(256).repeat(2, 1)
-    layout = SharedPrompts(place, place, torch.ones(2, 1, 256, 256).tril().bool()[:, :, 1:], place)
-    kept = kept_on_a_cpu(real, tokens_of(2, 256), "reward", layout=layout)
-    assert kept < estimate.kept_bytes(meta, 2, 256, "reward", shared=True) < 1.15 * kept
-
-
-def test_kept_bytes_with_recomputation(tmp_path):
-    """With --grad-checkpoint the most kept at a time is the inside of a block and what a real pass keeps beside it."""
-    theirs(num_hidden_layers=6).save_pretrained(tmp_path)
-    real, meta = model.load(tmp_path), model.load(tmp_path, weights=False)
-    for llama in (real, meta):
-        llama.add_adapter("policy", 4, 8.0, ["q_proj", "down_proj"], torch.Generator().manual_seed(0))
-    tokens = tokens_of(2, 64)
-    inside = kept_on_a_cpu(real, tokens, "policy") // 6
-    real.recompute = True
-    expected = inside + kept_on_a_cpu(real, tokens, "policy")
-    assert estimate.kept_bytes(meta, 2, 64, "policy", recompute=True) == pytest.approx(expected, rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_a_killed_rank_ends_the_others(run_folder, tmp_path):
 def test_what_the_first_does_alone_fails_for_all(run_folder, tmp_path):
     """While the first rank scores, the others wait without a limit; that it failed ends them, too."""
     folder = copy_of(run_folder, tmp_path / "toy")
-    before = "from training import results\ndef score(*a): raise MemoryError\nresults.score = score\n"
+    before = "from interface import results\ndef score(*a): raise MemoryError\nresults.score = score\n"
     command = ["eval", *STAGES["eval"].split(), "--adapters", "base", "--output-dir", folder]
     codes, errors = Ranks(2, command, before=before).end()
     assert codes == [4, 4] and [len(lines) for lines in errors] == [1, 0], errors
