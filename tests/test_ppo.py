@@ -351,12 +351,14 @@ def test_rollout_replaces_the_responses_only():
     """Prompts and reference lengths stay: else the penalty would be measured against the sample."""
     batch = random_batch(4, 1, 9, 6)
     asked = []
-    sampled = ppo.rollout(batch, lambda prompts: asked.extend(prompts) or [[9] * n for n in (1, 3, 2, 12)])
+    drawn = [([9] * n, [-float(n)] * n) for n in (1, 3, 2, 12)]  # (response, log-probability of each of its tokens)
+    sampled = ppo.rollout(batch, lambda prompts: asked.extend(prompts) or drawn)
     assert asked == [row[:n] for row, n in zip(batch.tokens.tolist(), (5, 2, 7, 3), strict=True)]
     assert sampled.mask.sum(1).tolist() == [1, 3, 2, 12] and (sampled.tokens[sampled.mask] == 9).all()
     for b, prompt in enumerate(asked):
         assert sampled.tokens[b, : len(prompt)].tolist() == prompt
     assert torch.equal(sampled.prompt_len, batch.prompt_len) and torch.equal(sampled.ref_len, batch.ref_len)
+    assert torch.equal(sampled.logp, -sampled.mask.float() * sampled.mask.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("fraction, first", [(0, [0] * 8), (1, [1] * 8), (0.5, [0, 1] * 4), (0.25, [0, 0, 0, 1] * 2)])
