@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import toy as corpus
 from formats import tables
 from formats import tokenizer as tokenizers
+from formats.chat_template import prompt as own_prompt
 from formats.errors import UserError
 from formats.files import read_text
 
@@ -122,28 +123,32 @@ SHORT_TEMPLATE = "[INST] {source} [/INST]"
 
 def default_template(folder, controls, chat_template=""):
     """The template of a model folder: its template.txt, or the one whose control tokens its tokenizer has; where it has
-    those of two (ChatML learned by a Llama 3), the one whose tokens its own chat template has.
+    those of two (ChatML learned by a Llama 3), the one whose tokens its own chat template has. A chat template with
+    none of them, or that switches thinking off, is the model's own.
     """
     if (folder / "template.txt").is_file():
         return folder / "template.txt"
     found = [name for name, mark in MARKS.items() if mark in controls]
-    named = [name for name in found if MARKS[name] in chat_template]
+    named = [name for name in (*found, "llama2") if MARKS[name] in chat_template]
+    if chat_template not in ("", "null") and (not named or "enable_thinking" in chat_template):
+        return "model"
     return [*named, *found, "llama2"][0]
 
 
 def load_template(name, folder, controls, chat_template=""):
     """(prompt, token that ends an answer or "") for the value of --template.
 
-    name: one of TEMPLATES, or a text file with {source} where the input goes; "" takes the model folder's template.txt,
-    or else the one whose control tokens the tokenizer has (controls). A checkpoint's own Jinja template (chat_template)
-    is a program of unknown origin: it is searched for these tokens, and not run.
+    name: one of TEMPLATES, "model" for its own chat template, or a text file with {source} where the input goes; ""
+    takes the folder's template.txt, or else the one whose control tokens the tokenizer has (controls), or else its own.
     """
     if not name:
         name = default_template(Path(folder), controls, chat_template)
+    if name == "model":
+        return own_prompt(folder, controls, SYSTEM, TASK)
     if name not in TEMPLATES:
         if not Path(name).is_file():
             raise FileNotFoundError(
-                f"{name}: no such file; --template takes {', '.join(TEMPLATES)}, or a text file with {{source}} in it"
+                f"{name}: no such file; --template takes {', '.join(TEMPLATES)}, model, or a text file with {{source}}"
             )
         text = read_text(Path(name), 1 << 16)
         if text.count("{source}") != 1:

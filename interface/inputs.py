@@ -49,8 +49,6 @@ def open_base(settings, dtype=None):
     llama = model.load(folder, settings.device, dtype, kind=FullLlama)
     tokenizer = data.load_tokenizer(folder, settings.template)
     check_tokenizer(folder, tokenizer, llama.config)
-    if not settings.template:
-        warn_of_other_template(folder, tokenizer)
     llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
     llama.recompute = getattr(settings, "grad_checkpoint", False)
     llama.hash = model_hash(folder)
@@ -83,17 +81,6 @@ def warn_of_short_groups(settings, config):
             f"--group-size {settings.group_size} does not divide width {', '.join(odd)}: the last group is short, and "
             f"other readers of GPTQ may refuse the file; --group-size {fits} fits"
         )
-
-
-def warn_of_other_template(folder, tokenizer):
-    """Warn where a model with a chat template of its own gets another prompt for want of a better."""
-    for name, mark in data.MARKS.items():
-        has_other = tokenizer.chat_template not in ("", "null") and mark not in tokenizer.chat_template
-        if has_other and tokenizer.template == data.TEMPLATES[name][0]:
-            warn(
-                f"{folder}: its chat template is none that lastmile knows, the prompt is that of {name}; write its "
-                f"form to a text file with {{source}} in it: --template FILE"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

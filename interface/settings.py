@@ -44,8 +44,8 @@ class Common:
     )
     template: str = opt(
         "",
-        "prompt: llama2, llama3, chatml, plain, or a text file with {source} in it "
-        "[the model's template.txt, else chosen by its control tokens]",
+        "prompt: llama2, llama3, chatml, plain, model (its own chat template), or a text file with {source} in it "
+        "[the model's template.txt, else chosen by its control tokens, else its own]",
         result=False,
     )
     output_dir: str = opt("", "the run's folder; each stage writes a subfolder [runs/<data>]", result=False)

@@ -3,7 +3,9 @@
 Their logits are compared in test_model.py, with a merged model's; gradients over 4 bits in test_lora.py.
 """
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from helpers import damage_folder, dense_twin
 from test_model import RAGGED, config_of, logits, theirs, tokens_of
 
 import data
+import lastmile
 import lora
 import model
 import ppo
+from formats import llama_folder
 from speed import cpu_decoder, shared_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -132,6 +136,40 @@ def test_quantized_it_is_still_of_its_family(folder, tmp_path):
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     reference.load_state_dict(state, strict=True)
     assert sampled(model.load(tmp_path)) == generated(reference)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [dict(model_type="qwen2", biases=llama_folder.QKV), dict(model_type="qwen3", head_norm=True)],
+    ids=["qwen2", "qwen3"],
+)
+def test_whole_models_are_of_their_family(run_folder, tmp_path, family):
+    """--tune full writes folders that transformers opens as what they are: a Qwen, and a classifier over one. A dry run
+    counts biases and norms.
+    """
+    transformers = pytest.importorskip("transformers")
+    config = model.LlamaConfig(vocab_size=700, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                               num_attention_heads=4, num_key_value_heads=2, head_dim=8, **family)  # fmt: skip
+    (tmp_path / "base").mkdir()
+    model.save(model.initialize(config, torch.Generator().manual_seed(0)), tmp_path / "base")
+    shutil.copyfile(run_folder / "base/tokenizer.model", tmp_path / "base/tokenizer.model")
+    flags = ["--model", f"{tmp_path}/base", "--output-dir", f"{tmp_path}/run", "--template", "plain", "--tune", "full"]
+    flags += ["--train-examples", "14", "--max-steps", "2"]
+    assert lastmile.main(["mle", *flags, "--dry-run"]) == 0
+    for stage, kind, few in (
+        ("mle", "ForCausalLM", []),
+        ("reward", "ForSequenceClassification", ["--eval-examples", "4"]),
+    ):
+        assert lastmile.main([stage, *flags, *few]) == 0
+        said = json.loads((tmp_path / "run" / stage / "config.json").read_text())
+        assert said["architectures"] == [family["model_type"].title() + kind]
+        found, loading = getattr(transformers, said["architectures"][0]).from_pretrained(
+            tmp_path / "run" / stage, output_loading_info=True
+        )
+        assert not any(loading.values())
+    llama, tokens = model.load(tmp_path / "run/mle"), tokens_of(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(llama, tokens), opened(tmp_path / "run/mle")(tokens).logits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -275,17 +275,3 @@ def test_bad_files_beside_a_tokenizer(folder_of, tmp_path, name, content, said):
     with pytest.raises(ValueError, match=rf"{name}: .*{said}|{name}: {said}") as error:
         data.load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "warned"),
-    [("{{ '<|user|>' + messages }}", True), ("{{ '[INST] ' + messages + ' [/INST]' }}", False), (None, False)],
-    ids=["Zephyr", "Llama 2", "none"],
-)
-def test_a_template_that_is_not_known_is_warned_of(tmp_path, capsys, template, warned):
-    """Zephyr's and TinyLlama-Chat's tokens are plain text: nothing but the template tells that llama2 is not theirs."""
-    (tmp_path / "tokenizer.model").write_bytes(spm())
-    config(tmp_path, chat_template=template)
-    inputs.warn_of_other_template(tmp_path, data.load_tokenizer(tmp_path))
-    said = capsys.readouterr().err
-    assert ("its chat template is none that lastmile knows" in said) == warned and ("--template FILE" in said) == warned
