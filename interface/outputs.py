@@ -7,9 +7,10 @@ from interface.card import write_card
 
 def save_trained(settings, llama, tokenizer, name, folder):
     """Write what a stage has trained: an adapter, or with --tune full a whole model."""
-    if name in llama.copies:
+    trained, adapter = llama.resolve(name)
+    if adapter is None:
         folder.mkdir(exist_ok=True)
-        save_model(settings, llama.copies[name], tokenizer, folder)
+        save_model(settings, trained, tokenizer, folder)
     else:
         llama.save_adapter(name, folder, settings.model)
     write_template(tokenizer, folder)
