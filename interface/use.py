@@ -10,10 +10,9 @@ import model
 from formats.errors import UserError
 from formats.tables import read_inputs
 from interface import chat
-from interface.card import write_card
 from interface.folders import stage_folder
 from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
-from interface.outputs import save_model
+from interface.outputs import save_model, write_card
 from interface.plan import end_dry_run
 from interface.predictions import Predictions, row_uniform
 from lora import lora_layers
