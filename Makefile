@@ -130,12 +130,11 @@ faults: .venv/dev
 # ----------------------------------------------------------------------------------------------------------------------
 # Measurements: tests/bench/results/*.md and .json. Run nothing else on the machine meanwhile
 
-bench:    ## beside transformers, PEFT and TRL on one CPU thread; growth; memory: 40 minutes, 3 GB of packages
+bench:    ## beside transformers, PEFT and TRL on one CPU thread; growth: 40 minutes, 3 GB of packages
 bench: .venv-bench/ready
 	.venv-bench/bin/python tests/bench/cpu.py $(FLAGS)
 	.venv-bench/bin/python tests/bench/cpu.py --threads 2 --sizes 15M --runs 1 --name cpu-two-threads
 	.venv-bench/bin/python tests/bench/growth.py
-	.venv-bench/bin/python tests/bench/memory.py
 
 beyond:   ## each capability beyond the paper on the toy, one at a time: docs/beyond.md; 35 minutes
 beyond: | runs/toy/base/model.safetensors

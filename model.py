@@ -336,8 +336,8 @@ class Llama(nn.Module):
         """Whether an adapter has a scalar head."""
         return adapter in self.score
 
-    def to_sample(self, adapter):
-        """(model, adapter) to sample from under an adapter; beyond.full has whole models in place of adapters."""
+    def resolve(self, adapter):
+        """(model, adapter) that compute under a name; beyond.full has whole models in place of adapters."""
         return self, adapter
 
     # Adapters: lora.py knows the layers, the model knows the heads.
@@ -350,14 +350,11 @@ class Llama(nn.Module):
 
     def add_head(self, name, kind, generator):
         """A new scalar head for an adapter; kind: as in `add_adapter`."""
-        self.score[name] = self.new_head(kind, generator)
-
-    def new_head(self, kind, generator):
         C = self.config.hidden_size
         weight = torch.zeros(1, C)
         if kind == "normal":
             weight.normal_(0, (C + 1) ** -0.5, generator=generator)
-        return nn.Parameter(weight.to(self.device))
+        self.score[name] = nn.Parameter(weight.to(self.device))
 
     def adapter_parameters(self, name):
         """All trainable tensors of an adapter, its head included: a list."""
@@ -371,9 +368,12 @@ class Llama(nn.Module):
         head = self.score[name] if name in self.score else None
         peft_adapter.write(self, name, folder, base_name, head, self.hash)
 
-    def load_adapter(self, name, folder, head=False):
-        """Load a saved adapter, frozen. head: whether it must have a scalar head."""
-        self.take_head(name, folder, peft_adapter.read(self, name, folder, self.hash), head)
+    def load_adapter(self, name, folder, head=False, any_base=False):
+        """Load a saved adapter, frozen. head: whether it must have a scalar head.
+
+        any_base: also one that was trained over another base, such as the 4-bit form of this one.
+        """
+        self.take_head(name, folder, peft_adapter.read(self, name, folder, "" if any_base else self.hash), head)
 
     def take_head(self, name, folder, weight, head):
         """Take the scalar head that a folder has, weight (1, C), or None. head: whether it must have one."""
@@ -422,7 +422,7 @@ def sample(
     Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
     each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
     """
-    llama, adapter = llama.to_sample(adapter)
+    llama, adapter = llama.resolve(adapter)
     B, device = len(prompts), llama.device
     eos = torch.tensor(llama.config.eos_token_id, device=device)
     cache, logits = prefill(llama, prompts, adapter, max_new_tokens)  # (B, V)
@@ -514,11 +514,10 @@ def draw(logits, u):
 # Files
 
 
-def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=False, kind=Llama):
+def load(folder, device="cpu", dtype=torch.float32, with_head=False, kind=Llama):
     """Load a Llama from a Hugging Face folder: dense or 4-bit GPTQ, one safetensors file or shards.
 
     Weights of any float type become `dtype`; packed weights and their scales stay as they are. All are frozen.
-    weights=False reads names, types and shapes only, from the files' headers: a model on the meta device.
     with_head: the folder may hold a scalar head in place of the language head; returns (Llama, head (1, C) or None).
     kind: the class of the model.
     Raises FileNotFoundError or UserError with the folder, the tensor and the remedy.
@@ -526,9 +525,9 @@ def load(folder, device="cpu", dtype=torch.float32, weights=True, with_head=Fals
     folder = Path(folder)
     with torch.device("meta"):
         llama = kind(LlamaConfig(**llama_folder.read_config(folder)))
-    head = llama_weights.fill(llama, folder, dtype, weights, with_head)
+    head = llama_weights.fill(llama, folder, dtype, with_head)
     llama.folder = folder
-    llama = llama.to(device if weights else "meta").requires_grad_(False)
+    llama = llama.to(device).requires_grad_(False)
     return (llama, head) if with_head else llama
 
 

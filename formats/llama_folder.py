@@ -213,15 +213,10 @@ def read_quantization(folder, raw):
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32,
-    "I64": torch.int64,
-}  # fmt: skip
 
 
-def read_tensors(folder, weights=True):
-    """{name: tensor} of a folder's safetensors files; without weights, empty tensors on the meta device."""
+def read_tensors(folder):
+    """{name: tensor} of a folder's safetensors files."""
     files, weight_map = weight_files(folder)
     tensors = {}
     places = set()  # (name, file) as found
@@ -230,19 +225,13 @@ def read_tensors(folder, weights=True):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     places.add((name, file.name))
-                    tensors[name] = opened.get_tensor(name) if weights else empty_tensor(opened.get_slice(name))
+                    tensors[name] = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             problem = identify_file(file) or f"not a readable safetensors file ({error})"
             raise UserError(f"{file}: {problem}; download it again") from None
     if weight_map:
         check_index(folder, weight_map, places)
     return tensors
-
-
-def empty_tensor(header):
-    """A tensor of a header's shape and type on the meta device."""
-    dtype = DTYPES.get(header.get_dtype(), torch.bool)
-    return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
 def check_index(folder, weight_map, places):

@@ -14,19 +14,19 @@ from lora import lora_layers
 from quant import QuantLinear
 
 
-def fill(llama, folder, dtype, weights=True, with_head=False):
+def fill(llama, folder, dtype, with_head=False):
     """Give a Llama on the meta device the tensors of a folder, and QuantLinear layers where they are packed.
 
     Every tensor that the model needs must be there, in its shape, and nothing else but what is known to be redundant.
-    dtype, weights, with_head: see model.load. Returns the weight of the scalar head, or None.
+    dtype, with_head: see model.load. Returns the weight of the scalar head, or None.
     """
-    tensors = read_tensors(folder, weights)
+    tensors = read_tensors(folder)
     with torch.device("meta"):
         packed = use_packed_layers(llama, tensors, folder)
     head = tensors.pop("score.weight", None) if with_head else None
     if head is not None:
         llama.lm_head = None
-    elif llama.config.tie_word_embeddings and weights:
+    elif llama.config.tie_word_embeddings:
         use_own_head(llama, tensors, folder)
     config = llama.config
     for name in list(tensors):
@@ -39,7 +39,7 @@ def fill(llama, folder, dtype, weights=True, with_head=False):
             tensors[name] = cast(tensor, dtype, f"{folder}: tensor {name}")
     state = {name: tensors[name_in_files(name)] for name in llama.state_dict()}
     llama.load_state_dict(state, strict=True, assign=True)
-    if weights and packed:
+    if packed:
         inspect_layers(folder, packed, config.quantization, partial(has_bias, config))
     return head
 
@@ -68,7 +68,7 @@ def check_same_size(folder, found, base):
 def cast(tensor, dtype, where):
     """A tensor in another float type. Raises UserError where fp16 has no such number: it would silently become inf."""
     found = tensor.to(dtype)
-    if dtype == torch.float16 and not tensor.is_meta and not found.isfinite().all():
+    if dtype == torch.float16 and not found.isfinite().all():
         raise UserError(f"{where} has values beyond float16's 65504, or not finite; use --dtype bfloat16 or float32")
     return found
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 
 from interface.commands import COMMANDS
+from interface.settings import flag
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 LARGEST = 1e30  # of a setting without a limit of its own: fp32 holds it
@@ -16,14 +17,9 @@ class Parser(argparse.ArgumentParser):
         """One line instead of the whole usage."""
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            flags = {flag(f) for settings in COMMANDS.values() for f in fields(settings)}
+            flags = {flag(f.name) for settings in COMMANDS.values() for f in fields(settings)}
             message += "; other commands have it" if unknown[1] in flags else did_you_mean(unknown[1], flags)
         self.exit(2, f"{self.prog}: {message}; see: python {self.prog} --help\n")
-
-
-def flag(field):
-    """batch_size -> --batch-size"""
-    return "--" + field.name.replace("_", "-")
 
 
 def did_you_mean(name, known):
@@ -81,11 +77,11 @@ def help_text(field):
 def add_flag(parser, field):
     """Add the flag of a setting to a command's parser."""
     if field.name == "resume":
-        parser.add_argument(flag(field), nargs="?", const="auto", help=help_text(field), metavar="PATH")
+        parser.add_argument(flag(field.name), nargs="?", const="auto", help=help_text(field), metavar="PATH")
     elif field.type is bool:
-        parser.add_argument(flag(field), action=argparse.BooleanOptionalAction, help=help_text(field))
+        parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=help_text(field))
     else:
-        parser.add_argument(flag(field), type=converter(field), help=help_text(field), metavar="X")
+        parser.add_argument(flag(field.name), type=converter(field), help=help_text(field), metavar="X")
 
 
 def dashed(argument):

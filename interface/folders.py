@@ -8,12 +8,10 @@ A finished stage is never overwritten without --overwrite, and a killed one leav
 """
 
 import fcntl
-import json
 import os
 import shlex
 import subprocess
 import tempfile
-import textwrap
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +19,8 @@ from pathlib import Path
 from formats import tables
 from formats.errors import UserError
 from formats.llama_folder import is_model
-from interface.push import check_push, push
-from interface.settings import LLAMA2
+from interface.outputs import check_push, push
+from interface.settings import LLAMA2, changed, flag
 from safety import ranks
 from safety.checkpoint import checkpoints
 from safety.files import clear, sync, write_json
@@ -41,7 +39,7 @@ def stage_folder(settings, stage):
     check_push(settings)
     if stage != "merge":  # which reads no data; the others look for theirs before they fetch a base
         tables.check_there(settings.data)
-    show_settings(settings, stage)
+    say(f"{stage}: {' '.join(f'{flag(name)} {value}' for name, value in changed(settings).items())}")
     if settings.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -82,12 +80,6 @@ def stage_folder(settings, stage):
         clear(replaced, final / "checkpoints")
     ranks.wait()
     push(settings, final / "policy" if stage == "ppo" else final)
-
-
-def show_settings(settings, stage):
-    """Print all settings of a stage."""
-    shown = " ".join(f"{name}={json.dumps(value)}" for name, value in asdict(settings).items())
-    say(textwrap.fill(f"{stage}: {shown}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 def settings_file(folder):
@@ -168,5 +160,5 @@ def command(stage, settings):
         value = getattr(settings, name, "")
         implied = name == "model" and (value == LLAMA2 or Path(value) in (output / "base", output / "pretrain"))
         if value and not implied:
-            words += ["--" + name.replace("_", "-"), value]
+            words += [flag(name), value]
     return shlex.join(map(str, words))

@@ -217,12 +217,12 @@ def load_named(settings, llama, name, other="other"):
     return adapter
 
 
-def load_trained(llama, name, folder, head=False):
-    """Load what a stage has saved, and refuse it where it has learned another prompt. head: as in load_adapter."""
+def load_trained(llama, name, folder, head=False, any_base=False):
+    """Load what a stage has saved. Raises UserError if it has learned another prompt. For the rest see load_adapter."""
     file = Path(folder) / "template.txt"
     if llama.template and file.is_file() and read_text(file, 1 << 16) != llama.template:
         raise UserError(f"{folder}: trained with another prompt than this one; add --template {file}")
-    llama.load_adapter(name, folder, head)
+    llama.load_adapter(name, folder, head, any_base)
 
 
 def load_listed(settings, llama, names):

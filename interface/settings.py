@@ -4,7 +4,7 @@ The defaults are the paper's (P, with its section) or ours (choice, with the rea
 command's line in --help. Nothing here imports torch: `--help` answers at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 LLAMA2 = "TheBloke/Llama-2-7B-Chat-GPTQ"  # the paper's base model (4.1), on the Hugging Face Hub
 
@@ -18,6 +18,17 @@ def opt(default, help, toy=None, least=None, above=None, most=None, choices=None
         "help": help, "toy": toy, "least": least, "above": above, "most": most, "choices": choices, "result": result,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
+
+
+def flag(name):
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def changed(settings):
+    """{name: value} of the settings that are not the defaults."""
+    values = {f: getattr(settings, f.name) for f in fields(settings)}
+    return {f.name: value for f, value in values.items() if value != f.default}
 
 
 LORA = ("lora_r", "lora_alpha", "lora_targets")  # the settings of a new adapter

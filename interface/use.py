@@ -10,10 +10,9 @@ import model
 from formats.errors import UserError
 from formats.tables import read_inputs
 from interface import chat
-from interface.card import write_card
 from interface.folders import stage_folder
 from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
-from interface.outputs import save_model
+from interface.outputs import save_model, write_card
 from interface.plan import end_dry_run
 from interface.predictions import Predictions, row_uniform
 from lora import lora_layers
@@ -79,9 +78,8 @@ def merge(settings):
     """Base and adapter as one dense Hugging Face folder, for tools that know no adapters and no GPTQ."""
     with stage_folder(settings, "merge") as folder:
         llama, tokenizer = open_base(settings)
-        llama.hash = ""  # an adapter trained over the 4-bit form may be merged into the model it was made from
-        load_trained(llama, "merged", adapter_folder(settings, settings.adapter))
-        if llama.copies:
+        load_trained(llama, "merged", adapter_folder(settings, settings.adapter), any_base=True)
+        if llama.resolve("merged")[0] is not llama:
             raise UserError(f"--adapter {settings.adapter}: is a whole model already; there is nothing to merge")
         end_dry_run(settings, llama)
         merge_adapter(llama, "merged", getattr(torch, settings.dtype))

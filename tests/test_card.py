@@ -9,7 +9,8 @@ from hub import Hub
 from huggingface_hub import constants
 from safetensors.torch import load
 
-from formats import model_card
+from interface import outputs
+from interface.training_settings import Mle
 
 FEW = ["--train-examples", "12", "--max-steps", "2"]
 
@@ -46,7 +47,7 @@ def test_each_folder_has_a_card(fresh_run, reward):
         assert about["library_name"] == library and about["pipeline_tag"] == "text-generation"
         assert "lastmile" in about["tags"] and "license" not in about  # the toy's base names none
         assert str(run.parent) not in text + json.dumps(about)
-    assert "| --kl-coef | 0.25 |" in parts(run / "ppo/policy")[1]
+    assert "- `--kl-coef 0.25`" in parts(run / "ppo/policy")[1]
     assert "--kl-coef" not in parts(run / "mle")[1]
     assert "pipeline_tag" not in parts(run / "ppo/value")[0]
     scores = json.loads((run / "eval/scores.json").read_text())
@@ -55,24 +56,27 @@ def test_each_folder_has_a_card(fresh_run, reward):
     assert "reward-model" in about["tags"] and re.search(rf"mismatched +\| +{held['mismatched']['auc']:.3f}", text)
 
 
-def test_the_licence_is_the_bases(tmp_path):
-    """From the metadata of its card, else from config.json, else none; a licence that is only spoken of is none."""
+def test_the_license_is_the_base_s(tmp_path):
+    """From the metadata of its card, else none: a damaged card, or a license that the text speaks of, names none."""
     cases = [
-        ("---\nlicense: apache-2.0\n---\n# x", "{}", "apache-2.0"),
-        ("# x\nlicense: mit\n", '{"license": "llama2"}', "llama2"),
-        ("---\ntags: [a]\n---\nlicense: mit\n", "not json", ""),
+        ("---\nlicense: apache-2.0\n---\n# x", "apache-2.0"),
+        ("# x\nlicense: mit\n", None),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\nlicense: {mit\n---\n", None),
+        ("---\n- mit\n---\n", None),
     ]
-    for readme, config, expected in cases:
+    assert outputs.license_of(tmp_path) is None
+    for readme, expected in cases:
         (tmp_path / "README.md").write_text(readme)
-        (tmp_path / "config.json").write_text(config)
-        assert model_card.license_of(tmp_path) == expected
+        assert outputs.license_of(tmp_path) == expected
 
 
-def test_hostile_names_stay_text():
+def test_hostile_names_stay_text(run_folder, tmp_path):
     """A folder's name with a quote, a colon and a line end is a string of the YAML and nothing else."""
-    name = 'x"\n- y: [1'
-    about = model_card.metadata({"base_model": name, "datasets": [name, "b"], "empty": ""})
-    assert yaml.safe_load(about.strip("-")) == {"base_model": name, "datasets": [name, "b"]}
+    settings = Mle(model="owner/x@a/../y", data='x"\n- y: [1', push="")
+    outputs.write_card(settings, run_folder / "base", tmp_path, "mle")
+    about, _ = parts(tmp_path)
+    assert about["base_model"] == "owner/x" and about["tags"] == ["lastmile", "lora"] and "datasets" not in about
 
 
 def test_push_uploads_the_folder(fresh_run, hub, capsys):
@@ -94,7 +98,7 @@ def test_push_uploads_the_folder(fresh_run, hub, capsys):
     [
         ("mine", "hf_known", "is no repository of the Hub; name one as OWNER/NAME"),
         ("owner/mine", "", "no token of the Hub"),
-        ("owner/mine", "hf_other", "the Hub refuses the token (401)"),
+        ("owner/mine", "hf_other", "the Hub refuses the token"),
     ],
 )
 def test_what_would_stop_an_upload_is_said_first(fresh_run, hub, monkeypatch, capsys, push, token, message):

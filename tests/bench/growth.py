@@ -2,8 +2,7 @@
 
 One quantity moves at a time, the others stay at 7 rows, 250 tokens (50 of them response) and rank 32, on a 4-bit random
 Llama of 15M parameters, one CPU thread. Every point runs in processes of its own: time is the least of its laps; memory
-is taken in another that gives freed tensors back at once, its peak less what was held before the model was there, and
-stands beside what --dry-run estimates.
+is taken in another that gives freed tensors back at once, its peak less what was held before the model was there.
 The slope of a straight line through the logarithms is the exponent: 1 is linear, 2 quadratic, 0 no dependence.
 
     .venv-bench/bin/python tests/bench/growth.py [--quick]      -> results/growth.json, .md and .svg
@@ -28,8 +27,7 @@ def point(stage, batch, length, rank, laps):
     found = steps.measure(stage, s, rows, laps=laps)
     found["glibc"] = found["peak"]  # with what glibc kept for later
     found["peak"] = steps.measure(stage, s, rows, laps=1, returned=True)["peak"]
-    memory = steps.estimate(stage, s, rows, steps.meta_llama(common.tiny_config("15M"), 32))
-    return found | {"estimate": sum(memory.values())}
+    return found
 
 
 def exponent(values, measured):
@@ -43,8 +41,7 @@ def sentence(stage, curves):
     here = next(p for p in curves["batch"] if p["value"] == BASE["batch"])
     return (
         f"A {STAGES[stage]} of {BASE['batch']} x {BASE['length']} tokens takes {here['time']:.2f} s and "
-        f"{here['peak'] / 1e6:.0f} MB; its time grows as {grows('time')}, its memory as {grows('peak')} "
-        f"(the estimate: {grows('estimate')})."
+        f"{here['peak'] / 1e6:.0f} MB; its time grows as {grows('time')}, its memory as {grows('peak')}."
     )
 
 
@@ -61,10 +58,9 @@ def plot(curves, file):
             x = [p["value"] for p in points]
             axes[0, column].plot(x, [p["time"] for p in points], "o-", color=color, label=STAGES[stage])
             axes[1, column].plot(x, [p["peak"] / 1e6 for p in points], "o-", color=color)
-            axes[1, column].plot(x, [p["estimate"] / 1e6 for p in points], "--", color=color)
         axes[1, column].set_xlabel({"batch": "rows a batch", "length": "tokens a row", "rank": "rank of LoRA"}[axis])
     axes[0, 0].set_ylabel("seconds a step")
-    axes[1, 0].set_ylabel("peak memory, MB\n(dashed: --dry-run)")
+    axes[1, 0].set_ylabel("peak memory, MB")
     axes[0, 0].legend(frameon=False)
     for ax in axes.flat:
         ax.set_ylim(bottom=0)
@@ -80,7 +76,7 @@ def main():
     torch.set_num_threads(1)
     common.cpu_speed.prefer_onednn()
     found, curves = common.facts(), {stage: {} for stage in STAGES}
-    table = [["7 rows, 250 tokens, rank 32, but", "mle, s", "mle, MB", "estimate", "ppo, s", "ppo, MB", "estimate"]]
+    table = [["7 rows, 250 tokens, rank 32, but", "mle, s", "mle, MB", "ppo, s", "ppo, MB"]]
     for axis, values in AXES.items():
         for value in [values[0], BASE[axis], values[-1]] if quick else values:
             row = [f"{axis} {value}"]
@@ -88,7 +84,7 @@ def main():
                 p = point(stage, **(BASE | {axis: value}), laps=1 if quick else 3)
                 p |= {"value": value, "time": min(p["seconds"])}
                 curves[stage].setdefault(axis, []).append(p)
-                row += [f"{p['time']:.2f}", f"{p['peak'] / 1e6:.0f}", f"{p['estimate'] / 1e6:.0f}"]
+                row += [f"{p['time']:.2f}", f"{p['peak'] / 1e6:.0f}"]
             table.append(row)
             print(" | ".join(row), flush=True)
     words = [sentence(stage, curves[stage]) for stage in STAGES]

@@ -1,20 +1,15 @@
-"""One step of each training by lastmile.py's step functions: its time, its memory, and what --dry-run estimates."""
+"""One step of each training by lastmile.py's step functions: its time and its memory."""
 
-import contextlib
 import ctypes
-import io
 import time
 from functools import partial
 
 import common
-import torch
 
 import data
 import lastmile
-import lora
 import ppo
 from interface import commands as settings_module
-from interface import dry_run
 
 ADAPTERS = {"mle": ["mle"], "reward": ["reward"], "ppo": ["policy", "value"]}  # that learn, and pass together
 HEADS = {"value": "zero", "reward": "normal"}
@@ -55,8 +50,8 @@ def step(stage, llama, batch, s):
 def measure(stage, s, rows, size="15M", laps=3, returned=False):
     """{"seconds": of each lap, "peak": bytes} of steps on rows over a 4-bit tiny Llama, in a process of its own.
 
-    The peak is the most memory held at any time less what the process held before the model was built: as --dry-run
-    counts, weights, adapters, gradients and moments are in it, and Python and torch are not.
+    The peak is the most memory held at any time less what the process held before the model was built: it contains
+    weights, adapters, gradients and moments, not Python and torch.
     returned: have glibc give every tensor beyond 1 MiB back as soon as it is freed, which takes time. By itself it
     keeps what was freed for the next one, which seldom fits exactly: the peak then says more about it than about us.
     """
@@ -78,23 +73,3 @@ def _measure(stage, s, rows, size, laps, returned):
         run()
         seconds.append(time.perf_counter() - begin)
     return {"seconds": seconds, "peak": common.rss()[1] - before}
-
-
-def estimate(stage, s, rows, llama):
-    """What --dry-run says that a stage's memory goes into: {name: bytes}. llama: on the meta device, no adapters."""
-    add_adapters(stage, llama, s)
-    with contextlib.redirect_stdout(io.StringIO()):
-        memory = dry_run.dry_run(s, llama, rows, ADAPTERS[stage], has_logits=stage != "reward", samples=stage == "ppo")
-    for _, layer in lora.lora_layers(llama):
-        layer.lora_A.clear()
-        layer.lora_B.clear()
-    llama.score.clear()
-    return {what: size for what, size in memory.items() if what not in ("process", "kernels")}  # as `measure` counts
-
-
-def meta_llama(config, group_size, dtype=torch.float32):
-    """A Llama of 4-bit projections without weights: what --dry-run makes of a folder's headers."""
-    with torch.device("meta"):
-        llama = common.model.Llama(config)
-        common.pack_layers(llama, group_size)
-    return llama.to(dtype).requires_grad_(False)
