@@ -570,12 +570,11 @@ def show_tables(settings):
     say(f"\nAll results are in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
 
 
-def write_report(settings, runs=()):
-    """One HTML page of everything in the run's folder, or of several runs side by side."""
-    from report import side_by_side  # here: the other commands need no template engine
-    from report.write import write
+def write_report(settings):
+    """One HTML page of everything in the run's folder."""
+    from report.write import write  # here: the other commands need no template engine
 
-    side_by_side.write(runs) if runs else write(settings)
+    write(settings)
 
 
 COMMANDS = {

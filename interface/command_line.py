@@ -230,7 +230,7 @@ def main(functions, arguments=None):
             if getattr(settings, "deterministic", False):
                 be_deterministic()
             ranks.start(command, asdict(settings))
-            if command in ("sample", "report"):
+            if command == "sample":
                 functions[command](settings, text)
             else:
                 functions[command](settings)

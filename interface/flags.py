@@ -104,8 +104,6 @@ def parse(arguments, description=None):
         )
         if name == "sample":
             command.add_argument("text", nargs="?", help="the text [standard input]")
-        if name == "report":
-            command.add_argument("text", nargs="*", metavar="RUN", help="folders of runs to put side by side")
         for field in fields(settings):
             add_flag(command, field)
     given = vars(parser.parse_args([dashed(argument) for argument in arguments]))

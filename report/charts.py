@@ -136,26 +136,6 @@ def chart(title, rows, best=None, kept=False):
     return macros().figure(title, CHARTS[title][1], keys, frame, label)
 
 
-def chart_of_runs(title, logs):
-    """One chart of several runs, a line each, or "" where none has such numbers. logs: {run: rows}."""
-    series = {}
-    for run, rows in logs.items():
-        name, key, found = lines_of(title, rows)[0]  # of PPO the sampled batches, of scores those of true tokens
-        if points := points_of(key, found):
-            series[run] = smoothed(points)
-    if not series:
-        return ""
-    frame = Frame(*limits(list(series.items())))
-    keys = []
-    said = []
-    for run, line in series.items():
-        kind = f"r{list(logs).index(run)}"
-        frame.draw_line(kind, line)
-        keys.append((run, kind, number(line[-1][1])))
-        said.append(f"{run} to {number(line[-1][1])}")
-    return macros().figure(title, CHARTS[title][1], keys, frame, f"{title}: {'; '.join(said)}")
-
-
 def lines_of(title, rows):
     """[(name in the legend, key of metrics.jsonl, rows)]. PPO's sampled and ground-truth batches are separate lines."""
     names = CHARTS[title][0]

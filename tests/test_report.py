@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import journal
 
 import data
 import lastmile
@@ -56,7 +57,7 @@ def run(run_folder, reward, tmp_path_factory):
     (folder / "base").symlink_to(run_folder / "base")
     (folder / "reward").symlink_to(reward)
     for stage in ("mle", "ppo"):
-        small = "--max-steps 4 --train-examples 28 --learning-rate 1e-2"
+        small = "--max-steps 4 --train-examples 28 --learning-rate 1e-2 --eval-every 2 --eval-examples 4 --keep best"
         assert lastmile.main([stage, "--output-dir", str(folder), *small.split()]) == 0
     assert lastmile.main(["eval", "--output-dir", str(folder), "--test-examples", "6"]) == 0
     file = folder / "eval" / "policy.jsonl"
@@ -122,6 +123,22 @@ def test_sampled_and_true_batches_stand_apart():
     rows = [{"step": i, "ground_truth": i % 2 == 1, "return": 10.0 if i % 2 else -100.0} for i in range(64)]
     drawn = Page(charts.chart("return", rows))
     assert "sampled −100" in drawn.text and "truth 10" in drawn.text
+
+
+def test_the_best_validation_is_marked(run):
+    """The step and the value of the best validation of each stage, and that its adapter was kept."""
+    page = (run / "report.html").read_text()
+    for stage, key, choose in (("mle", "val_loss", min), ("ppo", "val_return", max)):
+        best = choose(journal(run / stage, "validation.jsonl"), key=lambda line: line[key])
+        assert f"best, after step {best['step']}, kept: {charts.number(best[key])}" in page
+    assert page.count('<path class="best"') == 2
+
+
+def test_validations_are_of_no_batch():
+    """PPO's validations stand beside steps on samples and on the truth; their curve has all of them."""
+    rows = [{"step": step, "ground_truth": step % 2 == 1, "val_return": step} for step in range(9, 60, 10)]
+    ((_, key, found),) = charts.lines_of("val_return", rows)
+    assert key == "val_return" and found == rows
 
 
 def test_numbers_that_cannot_be_drawn_are_left_out():
