@@ -165,7 +165,7 @@ def load_template(name, folder, controls, chat_template=""):
 
 def load_tokenizer(folder, template=""):
     """The tokenizer of a model folder with the prompt that --template names."""
-    tokenizer = tokenizers.read(folder)
+    tokenizer = tokenizers.Tokenizer(folder)
     tokenizer.set_template(*load_template(template, folder, tokenizer.controls, tokenizer.chat_template))
     return tokenizer
 

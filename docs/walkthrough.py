@@ -66,7 +66,7 @@ def visible(text):
 
 def pieces(tokenizer, ids):
     """Tokens as a reader sees them: a space is _, a line end is \\n."""
-    return [tokenizer.sp.IdToPiece(i).replace("▁", "_").replace("<0x0A>", "\\n") for i in ids]
+    return [tokenizer.with_prefix.id_to_token(i).replace("▁", "_").replace("<0x0A>", "\\n") for i in ids]
 
 
 def draw(*stream):

@@ -1,13 +1,13 @@
-"""Tokenizers of model folders: tokenizer.json of Hugging Face's `tokenizers`, and SentencePiece's tokenizer.model.
+"""Tokenizers of model folders: read by transformers, run by `tokenizers`, so that ids are those of its AutoTokenizer.
 
-What a control token is, where a text ends and whether BOS comes first is also said by the files beside them, see
-`Beside`. Where a folder has both, tokenizer.json is read: fine-tuned models add their tokens there.
+A SentencePiece tokenizer.model is converted; where a folder has both files, tokenizer.json is read.
 """
 
 import io
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,64 +15,146 @@ from pathlib import Path
 import sentencepiece
 
 from formats.errors import UserError
-from formats.files import BadJson, parse_json, read_text, within
+from formats.files import BadJson, parse_json, read_json, read_text, within
 
-# Classes of transformers that put BOS first unless add_bos_token is false, whatever the post-processor does.
-LLAMA_CLASSES = {
-    "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
-    "GemmaTokenizer", "GemmaTokenizerFast",
-}  # fmt: skip
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Control tokens even if no file marks them so. Other added tokens that are not special are text: <think>.
+CONTROL = r"<\|\S+\|>|\[PAD\]|<pad>"
+PIECE_LIMIT = 1000  # characters of a token; reading it takes time in the square of its length
 
 
-class Beside:
-    """What the files beside a tokenizer say of its special tokens.
+class Tokenizer:
+    """Text to token ids and back, and the prompt around a text.
 
-    config: tokenizer_config.json. added: {text: id} of tokens beyond the vocabulary, from there and from
-    added_tokens.json. named: the texts that config or special_tokens_map.json give a role. template: the chat template,
-    which is never run.
+    Control tokens count in the template, in a source or a target they are text: nobody's data can end a row early.
+    Added words that are no control tokens count everywhere.
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        self.config = read_object(folder / "tokenizer_config.json")
-        self.map = read_object(folder / "special_tokens_map.json")
-        self.added = {}
-        decoder = self.config.get("added_tokens_decoder")
-        for i, token in decoder.items() if isinstance(decoder, dict) else ():
-            if i.isdecimal() and len(i) < 10 and text_of(token):
-                self.added[text_of(token)] = int(i)
-        file = folder / "added_tokens.json"
-        for text, i in read_object(file).items():
-            if type(i) is not int or not 0 <= i < 2**31 or not text:
-                raise UserError(f"{file}: the id of {text!r:.40} is {i!r:.40}; download it again")
-            self.added[text] = i
-        self.named = set()
-        for said in (self.map, self.config):
-            more = said.get("additional_special_tokens")
-            values = [value for name, value in said.items() if name.endswith("_token")]
-            values += more if isinstance(more, list) else []
-            self.named |= {text_of(value) for value in values} - {None}
-        file = folder / "chat_template.jinja"
-        found = read_text(file, 1 << 20) if file.is_file() else self.config.get("chat_template")
-        self.template = found if isinstance(found, str) else json.dumps(found)
+        """Read the tokenizer of a model folder. Raises FileNotFoundError, or UserError that names the file."""
+        self.file, raw, eos, self.chat_template = load(Path(folder))
+        with one_line(self.file):
+            self.controls, self.unknown = keep_apart(raw)
+            bare, self.prefix_of_parts = without_prefix(raw)
+            self.with_prefix = opened(raw)
+            self.without_prefix = opened(bare) if bare != raw else self.with_prefix
+            text, whole = (self.with_prefix.encode("a", add_special_tokens=special).ids for special in (False, True))
+            self.vocabulary = self.with_prefix.get_vocab()
+        self.eos = self.controls.get(eos)
+        if self.eos is None or self.eos in self.encode(eos, prefix=False):
+            config = f"{folder}/tokenizer_config.json"
+            raise UserError(f"{config}: eos_token {eos!r} is no control token of {self.file.name}; download it again")
+        self.bos = whole[0] if whole[:1] != text[:1] else None  # the id that starts every prompt
+        self.vocab_size = max(self.vocabulary.values()) + 1  # ids may have gaps
+        self.text_size = 1 + max((i for text, i in self.vocabulary.items() if text not in self.controls), default=0)
+        self.set_template("{source}")
 
-    def token(self, role):
-        """The text that has a role, for example "eos_token"; whatever is there in its place, None included."""
-        value = self.config.get(role)
-        value = self.map.get(role) if value is None else value
-        return text_of(value) or value
+    def set_template(self, template, end=""):
+        """Set the prompt around a source; end: the control token that ends an answer, "" for the tokenizer's EOS."""
+        self.template = template
+        self.end = end
+        self.own_eos = not end
+        if end:
+            self.eos = self.controls[end]
+        place = template.index("{source}")
+        found = self.encode_template(template)
+        spans = [span for i, span in zip(found.ids, found.offsets, strict=True) if i in self.controls.values()]
+        start = max([0, *(end for _, end in spans if end <= place)])  # behind the last control token before the source
+        stop = min([len(template), *(first for first, _ in spans if first > place)])  # the first one behind it
+        self.head = self.encode_template(template[:start]).ids
+        self.around = template[start:stop]
+        self.tail = self.encode_template(template[stop:]).ids
+        self.prefix = not template[-1:].isspace()  # whether an output begins like a text of its own
+        self.start = [] if self.bos is None or self.head[:1] == [self.bos] else [self.bos]  # never twice
 
-    def is_control(self, text):
-        """Whether a token is no text: it is named, or it reads <|…|>, or <…> or […] and is in the chat template."""
-        in_template = re.fullmatch(r"<\S+>|\[\S+\]", text) and text in self.template
-        return bool(text in self.named or re.fullmatch(r"<\|\S+\|>", text) or in_template)
+    def encode_template(self, text):
+        """The `tokenizers.Encoding` of a part of the template, in which control tokens count."""
+        with one_line(self.file):
+            self.with_prefix.encode_special_tokens = False
+            found = self.with_prefix.encode(text, add_special_tokens=False)
+            self.with_prefix.encode_special_tokens = True
+        return found
+
+    def prompts(self, sources):
+        """Ids of the prompts around a list of texts: BOS, template, source."""
+        texts = [self.around.replace("{source}", source) for source in sources]
+        found = self.encode(texts, prefix=self.prefix_of_parts or not self.head)
+        prompts = [[*self.start, *self.head, *ids, *self.tail] for ids in found]
+        if not all(prompts):
+            raise UserError("the tokenizer finds no tokens in a prompt; use the model's own tokenizer")
+        return prompts
+
+    def ids_of_prompts(self):
+        """The ids that every prompt or output contains."""
+        return {self.eos, *self.start, *self.head, *self.tail}
+
+    def encode(self, texts, prefix=None):
+        """Ids of a text or, in one call, of a list of texts; without BOS and EOS.
+
+        prefix: add Llama's leading space; by default only if the prompt does not end in white space, as for an output.
+        """
+        tokenizer = self.with_prefix if (self.prefix if prefix is None else prefix) else self.without_prefix
+        batch = [texts] if isinstance(texts, str) else texts
+        ids = []
+        with one_line(self.file):
+            for start in range(0, len(batch), 256):  # the library's results, offsets and all, take much memory
+                found = tokenizer.encode_batch(batch[start : start + 256], add_special_tokens=False)
+                ids += [one.ids for one in found]
+        return ids[0] if isinstance(texts, str) else ids
+
+    def decode(self, ids):
+        """Text of a list of ids, up to the first EOS. Ids beyond the vocabulary are skipped: models may be padded."""
+        with one_line(self.file):
+            return self.with_prefix.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids)
+
+    @cached_property
+    def ordinary(self):
+        """Ids that stand for text: no control tokens, no unknown token, and no pieces of a character."""
+        pieces = sorted(self.vocabulary, key=self.vocabulary.get)
+        with one_line(self.file):
+            texts = self.with_prefix.decode_batch([[self.vocabulary[piece]] for piece in pieces])
+        found = []
+        for piece, text in zip(pieces, texts, strict=True):
+            is_part = re.fullmatch("<0x[0-9A-F]{2}>", piece) or ("\ufffd" in text and "\ufffd" not in piece)
+            if piece not in {*self.controls, self.unknown} and not is_part:
+                found.append(self.vocabulary[piece])
+        return found
 
 
-def text_of(token):
-    """The text of a token that is spelled as a text or, by older transformers, as a dict around it; else None."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
+def load(folder):
+    """(file, a tokenizer.json as an object, EOS as text or None, chat template) of a folder, by transformers."""
+    config, _, added = (read_object(folder / name) for name in BESIDE)
+    for text, i in added.items():
+        if type(i) is not int or not 0 <= i < 2**31 or not text:
+            raise UserError(f"{folder}/{BESIDE[2]}: the id of {text!r:.40} is {i!r:.40}; download it again")
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        template = read_text(folder / "chat_template.jinja", 1 << 20)
+    file = folder / "tokenizer.json"
+    model = {"tokenizer_class": "PreTrainedTokenizerFast"} if file.is_file() else {}
+    if (folder / "config.json").is_file():
+        model = read_json(folder / "config.json")
+    if file.is_file():
+        read_text(file, 128 << 20)
+    else:
+        file = folder / "tokenizer.model"
+        check_sentencepiece(file)
+    with one_line(file):
+        from transformers import AutoConfig, AutoTokenizer
+
+        kind = AutoConfig.for_model(model.get("model_type", "llama"), tokenizer_class=model.get("tokenizer_class"))
+        found = AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
+        raw = json.loads(found.backend_tokenizer.to_str())
+        eos = found.eos_token
+        vocabulary = found.get_vocab()
+        stated = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()} | added
+    for token in raw["added_tokens"]:
+        if not token["special"] and re.fullmatch(CONTROL, token["content"]):
+            token |= {"special": True, "normalized": False}
+    for text, i in stated.items():
+        if vocabulary.get(text, i) != i:
+            print(f"{folder}: token {text!r} is {vocabulary[text]} to transformers, not {i} as stated", file=sys.stderr)
+    return file, raw, eos, template if isinstance(template, str) else json.dumps(template)
 
 
 def read_object(file):
@@ -85,203 +167,29 @@ def read_object(file):
         raise UserError(f"{file}: needed to know the control tokens, but unreadable ({error}); download it") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: needed to know the control tokens, but unreadable (no object); download it")
+    if re.search(f'[^"]{{{PIECE_LIMIT}}}', json.dumps(found | {"chat_template": ""})):
+        raise UserError(f"{file}: a token of more than {PIECE_LIMIT} characters; download it again")
     return found
 
 
-class Tokenizer:
-    """Text to token ids and back, and the prompt around a text: what both file formats share.
-
-    Control tokens count in the template, in a source or a target they are text: nobody's data can end a row early.
-    """
-
-    def __init__(self, vocab_size, controls, bos, eos, chat_template=""):
-        """controls: {text: id} of the control tokens; bos: id that starts every prompt, or None; eos: ends a target.
-
-        chat_template: the folder's Jinja template, which is looked at and never run.
-        """
-        self.chat_template = chat_template
-        self.vocab_size = vocab_size
-        self.controls = controls
-        self.bos = bos
-        self.eos = eos
-        self.set_template("{source}")
-
-    def set_template(self, template, end=""):
-        """Set the prompt around a source; end: the control token that ends an answer, "" for the tokenizer's EOS."""
-        self.template = template
-        self.end = end
-        self.own_eos = not end
-        if end:
-            self.eos = self.controls[end]
-        texts = sorted(filter(None, self.controls), key=len, reverse=True)
-        pattern = "|".join(re.escape(text) for text in texts)
-        self.parts = [part for part in re.split(f"({pattern})", template) if part] if texts else [template]
-        self.prefix = not template[-1:].isspace()  # whether an output begins like a text of its own
-        has_bos = self.controls.get(self.parts[0]) == self.bos
-        self.start = [] if self.bos is None or has_bos else [self.bos]  # never twice
-
-    def prompts(self, sources):
-        """Ids of the prompts around a list of texts: BOS, template, source."""
-        prompts = [list(self.start) for _ in sources]
-        for n, part in enumerate(self.parts):
-            if part in self.controls:
-                found = [[self.controls[part]]] * len(sources)
-            else:
-                texts = [part.replace("{source}", source) for source in sources]
-                found = self.encode(texts, prefix=n == 0 or self.prefix_of_parts)
-            for prompt, ids in zip(prompts, found, strict=True):
-                prompt += ids
-        if not all(prompts):
-            raise UserError("the tokenizer finds no tokens in a prompt; use the model's own tokenizer")
-        return prompts
-
-    def encode(self, texts, prefix=None):
-        """Ids of a text or, in one call, of a list of texts; without BOS and EOS.
-
-        prefix: whether the blank is put first that Llama's tokenizers put before a text; by default as for an output:
-        not behind a prompt that ends in white space, where a model of this prompt does not write it either.
-        """
-        processor = self.with_prefix if (self.prefix if prefix is None else prefix) else self.without_prefix
-        if isinstance(texts, str):
-            return self.encode_batch(processor, [texts])[0]
-        return self.encode_batch(processor, texts)
-
-    def ids_of_prompts(self):
-        """The special ids that prompts and outputs contain."""
-        ids = {self.eos, *self.start}
-        return ids | {self.controls[part] for part in self.parts if part in self.controls}
-
-    def strip_eos(self, ids):
-        """The ids before the first EOS."""
-        return ids[: ids.index(self.eos)] if self.eos in ids else ids
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# SentencePiece
-
-
-class SentencePieceTokenizer(Tokenizer):
-    """tokenizer.model, of Llama 2, TinyLlama, Mistral and Yi, with the tokens that files beside it add.
-
-    All of the added ones are control tokens here: what a prompt may contain and data may not.
-    """
-
-    def __init__(self, folder):
-        file = within(Path(folder) / "tokenizer.model", 16 << 20)
-        beside = Beside(folder)
-        self.sp = self.open(file, beside)
-        pieces = {self.sp.IdToPiece(i): i for i in range(self.sp.vocab_size()) if self.sp.IsControl(i)}
-        beyond = {text: i for text, i in beside.added.items() if i >= self.sp.vocab_size()}
-        controls = pieces | beyond
-        bos = controls.get(beside.token("bos_token"), self.sp.bos_id())  # -1: there is none
-        if bos < 0 or beside.config.get("add_bos_token", True) is False:
-            bos = None
-        eos = controls.get(beside.token("eos_token"), self.sp.eos_id())
-        self.with_prefix = self.sp
-        proto = self.sp.serialized_model_proto() + NO_DUMMY_PREFIX
-        self.without_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.prefix_of_parts = beside.config.get("legacy") is not False  # transformers' word for it
-        super().__init__(self.sp.vocab_size(), controls, bos, eos, beside.template)
-
-    @staticmethod
-    def open(file, beside):
-        """The processor of a file, in which user-defined pieces that are control tokens match no text any more."""
-        processor = sentencepiece.SentencePieceProcessor()
-        try:
-            processor.Load(str(file))
-        except (RuntimeError, OSError, ValueError):  # the last: a message that is not UTF-8
-            raise UserError(f"{file}: not a SentencePiece model; download it again") from None
-        proto = bytearray(file.read_bytes())
-        try:
-            places = [place for text, place in user_defined_pieces(proto) if beside.is_control(text)]
-        except IndexError:
-            raise UserError(f"{file}: not a SentencePiece model; download it again") from None
-        for place in places:
-            proto[place] = CONTROL
-        if places:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=bytes(proto))
-        return processor
-
-    @cached_property
-    def ordinary(self):
-        """Ids that stand for text: no control, unknown, unused or byte pieces."""
-        sp = self.sp
-        special = sp.IsControl, sp.IsUnknown, sp.IsUnused, sp.IsByte
-        return [i for i in range(self.vocab_size) if not any(check(i) for check in special)]
-
-    @property
-    def text_size(self):
-        """The ids of text are below this."""
-        return self.vocab_size
-
-    def encode_batch(self, processor, texts):
-        return processor.encode(texts)
-
-    def decode(self, ids):
-        """Text of a list of ids, up to the first EOS. Some models have more ids than their tokenizer has pieces."""
-        return self.sp.decode([i for i in self.strip_eos(ids) if i < self.vocab_size])
-
-
-# Of sentencepiece_model.proto: two types of a piece, and a second normalizer_spec (field 3) whose add_dummy_prefix
-# (field 3) is false: where a message comes twice, its fields are merged and the last ones count.
-USER_DEFINED, CONTROL = 4, 3
-NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
-
-
-def user_defined_pieces(proto):
-    """Yield (text, place of its type's byte) of a SentencePiece file's user-defined pieces.
-
-    The file is a protocol buffer whose field 1 is a piece: 1 its text, 2 its score (4 bytes), 3 its type.
-    """
-    if bytes([3 << 3, USER_DEFINED]) not in proto:
-        return  # most models have none, and 32,000 pieces take a while
-    for number, start, end in fields_of(proto, 0, len(proto)):
-        if number == 1:
-            text = b""
-            for inner, first, last in fields_of(proto, start, end):
-                if inner == 1:
-                    text = bytes(proto[first:last])
-                elif inner == 3 and proto[first] == USER_DEFINED:
-                    yield text.decode("utf-8", "replace"), first
-
-
-def fields_of(proto, place, end):
-    """Yield (number, start, end) of the fields of a protocol buffer's message."""
-    while place < end:
-        key, place = varint(proto, place)
-        start = place
-        if key & 7 == 0:
-            _, place = varint(proto, place)
-        elif key & 7 == 1:
-            place += 8
-        elif key & 7 == 2:
-            size, start = varint(proto, place)
-            place = start + size
-        else:
-            place += 4
-        yield key >> 3, start, place
-
-
-def varint(proto, place):
-    """(number, place behind it): 7 bits a byte, the lowest first."""
-    number = shift = 0
-    while True:
-        byte = proto[place]
-        number |= (byte & 127) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 128:
-            return number, place
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizer.json
+def check_sentencepiece(file):
+    """Raise UserError unless a file is a SentencePiece model that transformers can convert."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent}: no tokenizer.model or tokenizer.json; copy the model's own there")
+    try:
+        found = sentencepiece.SentencePieceProcessor(model_file=str(within(file, 16 << 20)))
+        sound = all(len(found.IdToPiece(i)) <= PIECE_LIMIT for i in range(found.vocab_size()))
+    except (RuntimeError, OSError, ValueError) as error:  # the last: a message that is not UTF-8
+        if isinstance(error, UserError):
+            raise
+        sound = False
+    if not sound:
+        raise UserError(f"{file}: not a SentencePiece model; download it again")
 
 
 @contextmanager
 def one_line(file):
-    """Whatever `tokenizers` finds wrong, and when, as a ValueError: it raises no class narrower than Exception, and its
-    panics are not even that and write to the terminal on their own.
-    """
+    """Turn every failure of transformers and tokenizers, panics included, into a UserError, and keep stderr clean."""
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -289,107 +197,52 @@ def one_line(file):
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{file}: not a valid tokenizer ({error}); download it again") from None
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{file}: not a valid tokenizer ({said}); download it again") from None
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
         os.close(nowhere)
 
 
-class JsonTokenizer(Tokenizer):
-    """tokenizer.json, of Llama 3, SmolLM2 and most newer models, through Hugging Face's `tokenizers`."""
+def opened(raw):
+    """A `tokenizers.Tokenizer` for which control tokens in a text are text."""
+    import tokenizers
 
-    def __init__(self, folder):
-        self.file = file = Path(folder) / "tokenizer.json"
-        beside = Beside(folder)
-        text = read_text(file, 128 << 20)
-        with one_line(file):
-            raw = json.loads(text)
-            for token in raw.get("added_tokens") or ():
-                token["special"] = token["special"] or beside.is_control(token["content"])
-            self.tokenizer = self.with_prefix = self.without_prefix = self.open(raw)
-            bare, self.prefix_of_parts = without_prefix(raw)
-            if bare:
-                self.without_prefix = self.open(bare)
-        special = self.tokenizer.get_added_tokens_decoder().items()
-        controls = {token.content: i for i, token in special if token.special}
-        eos = beside.token("eos_token")
-        kind = beside.config.get("tokenizer_class")
-        if eos is None and kind in {None, *LLAMA_CLASSES} and "</s>" in controls:
-            eos = "</s>"
-        if not isinstance(eos, str) or eos not in controls:
-            raise UserError(f"{folder}/tokenizer_config.json: eos_token {eos!r} is no control token of {file.name}")
-        bos = self.first_id(controls[eos])
-        if kind in LLAMA_CLASSES:
-            wanted = beside.config.get("add_bos_token", True) is not False
-            bos = controls.get(beside.token("bos_token") or "<s>") if wanted else None
-        vocabulary = self.tokenizer.get_vocab()
-        self.text_size = 1 + max((i for text, i in vocabulary.items() if text not in controls), default=0)
-        size = max(vocabulary.values()) + 1  # ids may have gaps
-        super().__init__(size, controls, bos, controls[eos], beside.template)
+    found = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    found.encode_special_tokens = True
+    found.no_padding()
+    found.no_truncation()
+    return found
 
-    def open(self, raw):
-        """A `tokenizers.Tokenizer` for which control tokens in a text are text."""
-        import tokenizers
 
-        opened = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        opened.encode_special_tokens = True
-        opened.no_padding()
-        opened.no_truncation()
-        return opened
-
-    def first_id(self, eos):
-        """The id that the file's post-processor puts before every text, or None."""
-        with one_line(self.file):
-            first = self.tokenizer.encode("").ids[:1]
-        return first[0] if first and first[0] != eos else None
-
-    @cached_property
-    def ordinary(self):
-        """Ids that stand for text: no control tokens, and no pieces of a character."""
-        with one_line(self.file):
-            texts = self.tokenizer.decode_batch([[i] for i in range(self.vocab_size)], skip_special_tokens=False)
-        bytes_of_text = [i for piece, i in self.tokenizer.get_vocab().items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
-        others = {*self.controls.values(), *bytes_of_text}
-        return [i for i, text in enumerate(texts) if text and "\ufffd" not in text and i not in others]
-
-    def encode_batch(self, tokenizer, texts):
-        with one_line(self.file):
-            ids = []
-            for start in range(0, len(texts), 256):  # the library's results, offsets and all, take much memory
-                found = tokenizer.encode_batch(texts[start : start + 256], add_special_tokens=False)
-                ids += [one.ids for one in found]
-            return ids
-
-    def decode(self, ids):
-        """Text of a list of ids, up to the first EOS."""
-        with one_line(self.file):
-            return self.tokenizer.decode(self.strip_eos(ids))
+def keep_apart(raw):
+    """({text: id} of the control tokens, the unknown token) of raw, whose model then spells no control token."""
+    model = raw["model"]
+    unknown = model["vocab"][model["unk_id"] or 0][0] if model["type"] == "Unigram" else model.get("unk_token")
+    controls = {token["content"]: token["id"] for token in raw["added_tokens"] if token["special"]}
+    controls.pop(unknown, None)
+    if model["type"] == "Unigram":
+        model["vocab"] = [[piece, -1e6 if piece in controls else score] for piece, score in model["vocab"]]
+    elif model["type"] == "BPE":
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in controls]
+    return controls, unknown
 
 
 def without_prefix(raw):
-    """(a tokenizer.json that puts no blank before a text, made from one that does, or None; whether that one puts it
-    before every part of a prompt or only before the first).
+    """(a tokenizer.json like raw that puts no blank before a text, whether raw puts it before every part of a prompt or
+    only before the first).
     """
-    normalizer = raw.get("normalizer") or {}
-    steps = normalizer.get("normalizers") or [normalizer]
-    others = [step for step in steps if step.get("type") != "Prepend"]
-    if len(others) < len(steps):
-        return raw | {"normalizer": {"type": "Sequence", "normalizers": others}}, True
-    step = raw.get("pre_tokenizer") or {}
-    if step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never":
-        bare = raw | {"pre_tokenizer": step | {"prepend_scheme": "never"}}
-        return bare, step.get("prepend_scheme", "always") == "always"
-    return None, True
+    bare = json.loads(json.dumps({name: raw[name] for name in ("normalizer", "pre_tokenizer")}))
+    every = True
+    for name, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        for step in (bare[name] or {}).get(inner, [bare[name] or {}]):
+            every &= step.get("prepend_scheme") != "first"
+            step |= {key: new for key, new in NO_PREFIX.items() if key in step}
+    return raw | bare, every
 
 
-def read(folder):
-    """The tokenizer of a model folder, tokenizer.json where it has both."""
-    if (Path(folder) / "tokenizer.json").is_file():
-        return JsonTokenizer(folder)
-    if (Path(folder) / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder)
-    raise FileNotFoundError(f"{folder}: no tokenizer.model or tokenizer.json; copy the model's tokenizer there")
+NO_PREFIX = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
 
 
 def train(texts, vocab_size, folder):

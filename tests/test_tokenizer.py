@@ -5,6 +5,7 @@ of transformers, what is a control token is found, and data never contain one.
 import io
 import json
 import logging
+from functools import cache
 
 import pytest
 import sentencepiece
@@ -12,7 +13,6 @@ import tokenizers
 from test_data import train_bpe
 
 import data
-from formats import tokenizer as tokenizer_files
 from interface import inputs
 
 TEXTS = [e.source + "\n" + e.target for e in data.toy("test")[:120]]
@@ -24,13 +24,15 @@ ENDS = ["<|im_start|>", "<|im_end|>"]
 MIXED = "a <|im_end|>\n<|im_start|>system </s><s> [INST] <|endoftext|> b"
 
 
-def spm(extra=(), control=()):
+@cache
+def spm(**settings):
     """A SentencePiece BPE like Llama's, as bytes."""
     written = io.BytesIO()
+    llama = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+             "remove_extra_whitespaces": False, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(TEXTS).split("\n")), vocab_size=420, model_writer=written, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0, bos_id=1,
-        eos_id=2, pad_id=-1, user_defined_symbols=list(extra), control_symbols=list(control), minloglevel=2,
+        sentence_iterator=iter(" ".join(TEXTS).split("\n")), model_writer=written, minloglevel=2,
+        **llama | settings,
     )  # fmt: skip
     return written.getvalue()
 
@@ -40,7 +42,7 @@ def llama_json(folder, added=(), special=True, prefix="first"):
     from transformers import LlamaTokenizerFast
 
     (folder / "tokenizer.model").write_bytes(spm())
-    fast = LlamaTokenizerFast(vocab_file=str(folder / "tokenizer.model"), legacy=prefix != "first", from_slow=True)
+    fast = LlamaTokenizerFast.from_pretrained(folder, legacy=prefix != "first")
     fast.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in added], special)
     fast.save_pretrained(folder)
 
@@ -51,10 +53,10 @@ def config(folder, **said):
     file.write_text(json.dumps({k: v for k, v in (found | said).items() if v != "leave out"}))
 
 
-def llama_model(folder):
+def llama_model(folder, settings=None, **said):
     """Llama 2 with nothing but tokenizer.model."""
-    (folder / "tokenizer.model").write_bytes(spm())
-    config(folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>")
+    (folder / "tokenizer.model").write_bytes(spm(**(settings or {})))
+    config(folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", **said)
 
 
 def llama_both(folder):
@@ -95,7 +97,8 @@ def chatml_json(folder):
     llama_json(folder, ENDS, special=False, prefix="all")
     config(folder, eos_token="<|im_end|>", chat_template=CHATML)
     map_file = folder / "special_tokens_map.json"
-    map_file.write_text(json.dumps(json.loads(map_file.read_text()) | {"eos_token": "<|im_end|>"}))
+    if map_file.exists():  # transformers 5 writes none
+        map_file.write_text(json.dumps(json.loads(map_file.read_text()) | {"eos_token": "<|im_end|>"}))
 
 
 def chatml_json_first(folder):
@@ -106,7 +109,7 @@ def chatml_json_first(folder):
 
 def yi(folder):
     """Yi: <|im_start|> is a user-defined piece of the SentencePiece model; a piece that nothing names stays text."""
-    (folder / "tokenizer.model").write_bytes(spm(extra=[*ENDS, "<mask_1>"]))
+    (folder / "tokenizer.model").write_bytes(spm(user_defined_symbols=",".join([*ENDS, "<mask_1>"])))
     config(folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="<|im_end|>", chat_template=CHATML,
            add_bos_token=False)  # fmt: skip
 
@@ -130,7 +133,75 @@ def eos_in_the_map(folder):
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
 
 
+def bpe_with(folder, **parts):
+    """SmolLM2's with other parts of tokenizer.json."""
+    train_bpe(folder, "smollm2", TEXTS)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    config(folder, tokenizer_class="PreTrainedTokenizerFast")
+
+
+def word(text="harbour", i=420, **flags):
+    """added_tokens_decoder: one more token."""
+    names = ("special", "lstrip", "rstrip", "normalized", "single_word")
+    return {"added_tokens_decoder": {str(i): {"content": text} | {name: name in flags for name in names}}}
+
+
+def think(folder):
+    """A reasoning model: tags that are not special, and that the chat template names."""
+    llama_json(folder, ["<think>", "</think>"], special=False, prefix="all")
+    config(folder, chat_template="[INST] {{ messages }} [/INST]<think>")
+
+
+def holes(folder):
+    """Ids that no token has, in the vocabulary and before the added tokens."""
+    bpe_smollm2(folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    for piece, i in raw["model"]["vocab"].items():
+        raw["model"]["vocab"][piece] = i if i < 300 else i + 10
+    raw["added_tokens"].append({**raw["added_tokens"][0], "content": "<tail>", "id": 2000})
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def no_slow_prefix(folder):
+    """add_prefix_space false beside both files: transformers then reads tokenizer.model."""
+    llama_json(folder)
+    config(folder, add_prefix_space=False)
+
+
+LOWER = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}, {
+    "type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]}  # fmt: skip
+PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 CHAT = (chatml_model, chatml_json, chatml_json_first, yi, bpe_smollm2, eos_in_the_map)
+NAMED = {  # kinds that are one call
+    "lstrip": lambda f: llama_model(f, **word(lstrip=1)),
+    "rstrip": lambda f: llama_model(f, **word(rstrip=1)),
+    "both, special": lambda f: llama_model(f, **word("<sep>", lstrip=1, rstrip=1, special=1), sep_token="<sep>"),
+    "normalized": lambda f: llama_model(f, **word(normalized=1)),
+    "normalized, not legacy": lambda f: llama_model(f, **word(normalized=1), legacy=False),
+    "single_word": lambda f: llama_model(f, **word(single_word=1)),
+    "inside words": lambda f: llama_model(f, **word("arb")),
+    "a word that is a piece": lambda f: llama_model(f, **word("and", 420)),
+    "special word": lambda f: llama_model(f, **word(special=1)),
+    "every flag": lambda f: llama_model(f, **word(lstrip=1, rstrip=1, normalized=1, single_word=1)),
+    "not legacy": lambda f: llama_model(f, **word(), legacy=False),
+    "no prefix": lambda f: llama_model(f, **word(), add_prefix_space=False),
+    "no prefix, not legacy": lambda f: llama_model(f, legacy=False, add_prefix_space=False),
+    "no dummy prefix": lambda f: llama_model(f, {"add_dummy_prefix": False}),
+    "clean up": lambda f: llama_model(f, clean_up_tokenization_spaces=True),
+    "a hole": lambda f: llama_model(f, **word("harbour", 430)),
+    "no bytes": lambda f: llama_model(f, {"byte_fallback": False}, **word("é")),
+    "byte fallback beside a word": lambda f: llama_model(f, **word("🙂")),
+    "normalizing model": lambda f: llama_model(
+        f, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    ),
+    "unigram": lambda f: llama_model(f, {"model_type": "unigram", "vocab_size": 400, "required_chars": "</s>"}),
+    "added_tokens.json": lambda f: (llama_model(f), (f / "added_tokens.json").write_text('{"harbour": 420}')),
+    "normalizer": lambda f: bpe_with(f, normalizer=LOWER),
+    "prefixed bytes": lambda f: bpe_with(f, pre_tokenizer=PREFIXED),
+    "add_prefix_space": lambda f: (bpe_with(f, pre_tokenizer=PREFIXED), config(f, add_prefix_space=True)),
+}
+FOLDERS = (think, holes, no_slow_prefix, *NAMED)
 PLAIN = (llama_model, llama_both, llama_no_bos, llama_json_no_bos, llama_json_bos, bpe_llama3)
 
 
@@ -141,8 +212,8 @@ def folder_of(tmp_path_factory):
 
     def folder(kind):
         if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp(kind.__name__)
-            kind(folders[kind])
+            folders[kind] = tmp_path_factory.mktemp("kind")
+            NAMED.get(kind, kind)(folders[kind])
             (folders[kind] / "config.json").write_text('{"model_type": "llama"}')
         return folders[kind]
 
@@ -150,12 +221,13 @@ def folder_of(tmp_path_factory):
 
 
 def theirs(folder):
-    """transformers' tokenizer of a folder: the slow one for added_tokens.json, of whose tokens the fast one finds the
-    first in a text and no other (transformers 4.57.6).
+    """transformers' tokenizer of a folder: the slow one for added_tokens.json with ChatML, of whose tokens the fast one
+    finds the first in a text and no other (transformers 4.57.6), as it takes them for words.
     """
     transformers = pytest.importorskip("transformers")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    fast = (folder / "tokenizer.json").exists() or not (folder / "added_tokens.json").exists()
+    added = folder / "added_tokens.json"
+    fast = (folder / "tokenizer.json").exists() or not (added.exists() and ENDS[0] in added.read_text())
     return transformers.AutoTokenizer.from_pretrained(folder, use_fast=fast)
 
 
@@ -172,7 +244,7 @@ def test_chat_prompts_are_transformers(folder_of, kind):
     for source in ("Amy: Hi!\nBen: Hello.", "  two  blanks", "x"):
         turns = [{"role": "system", "content": data.SYSTEM}]
         turns.append({"role": "user", "content": data.TASK.replace("{source}", source)})
-        expected = oracle.apply_chat_template(turns, add_generation_prompt=True)
+        expected = oracle.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         (prompt,) = tokenizer.prompts([source])
         assert prompt[len(tokenizer.start) :] == expected
         assert oracle(oracle.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)).input_ids == prompt
@@ -187,6 +259,44 @@ def test_plain_prompts_are_transformers(folder_of, kind):
     for source in ("Amy: Hi!\nBen: Hello.", "  two  blanks", "x"):
         (prompt,) = tokenizer.prompts([source])
         assert prompt == oracle(tokenizer.template.replace("{source}", source)).input_ids
+
+
+SOURCES = (
+    "Amy: Hi!\nBen: Hello.", "two  blanks", "at the harbour, and harbourside: arb", "a<sep> b <sep>c", "harbour",
+    "<think>\nWell</think> so", "é 🙂 ŸÉ ﬁ １２", "x </s>y",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*CHAT[1:], *PLAIN, *FOLDERS])
+def test_ids_are_transformers(folder_of, kind, tmp_path):
+    """Whatever a tokenizer's files say, texts have the ids that AutoTokenizer gives them, in front of which, between
+    and behind which control tokens stand as in one text; and the same EOS. Ordinary added words were control tokens.
+    """
+    folder, oracle = folder_of(kind), theirs(folder_of(kind))
+    own = tmp_path / "own.txt"
+    own.write_text(f"Well {oracle.eos_token} \nuser: {{source}} {oracle.eos_token}\n{oracle.eos_token} so:\n")
+    for template in ("plain", str(own)):
+        tokenizer = data.load_tokenizer(folder, template)
+        assert tokenizer.eos == oracle.eos_token_id
+        for source in SOURCES:
+            if not any(text in source for text in tokenizer.controls):
+                assert tokenizer.encode(source, prefix=True) == oracle(source, add_special_tokens=False).input_ids
+                expected = oracle(tokenizer.template.replace("{source}", source)).input_ids
+                assert tokenizer.prompts([source]) == [expected]
+
+
+def test_an_id_that_transformers_does_not_give_is_told(folder_of, capsys):
+    """It numbers added tokens one after the other, whatever their files state."""
+    data.load_tokenizer(folder_of("a hole"))
+    assert "token 'harbour' is 420 to transformers, not 430 as stated" in capsys.readouterr().err
+
+
+def test_added_words_stay_in_an_output(folder_of):
+    """A target keeps its <think>, which is one token; the model's comes back as text. It was cut out of both."""
+    tokenizer = data.load_tokenizer(folder_of(think))
+    ids = tokenizer.encode("<think>Hm.</think>Yes")
+    assert {tokenizer.vocabulary["<think>"], tokenizer.vocabulary["</think>"]} <= {*ids}
+    assert "<think>" in tokenizer.decode(ids) and "</think>" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", [*CHAT, *PLAIN])
@@ -217,7 +327,7 @@ def test_outputs_continue_the_prompt(folder_of, kind):
 
 def test_tokenizer_json_comes_first(folder_of):
     """Where both files are there, the added tokens are in tokenizer.json alone."""
-    assert isinstance(tokenizer_files.read(folder_of(llama_both)), tokenizer_files.JsonTokenizer)
+    assert data.load_tokenizer(folder_of(llama_both)).file.name == "tokenizer.json"
     assert (folder_of(llama_both) / "tokenizer.model").exists()
 
 
@@ -225,7 +335,7 @@ def test_other_pieces_of_the_user_are_text(folder_of):
     """A user-defined piece that nothing names and no template contains is one token of text, as before."""
     tokenizer = data.load_tokenizer(folder_of(yi))
     assert "<mask_1>" not in tokenizer.controls
-    assert tokenizer.sp.PieceToId("<mask_1>") in tokenizer.encode("a <mask_1> b")
+    assert tokenizer.vocabulary["<mask_1>"] in tokenizer.encode("a <mask_1> b")
 
 
 @pytest.mark.parametrize(("size", "fits"), [(422, True), (512, True), (421, False), (400, False)])
