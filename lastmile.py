@@ -39,7 +39,7 @@ if __name__ == "__main__":
 # took up to a third of a step.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +73,7 @@ from interface.outputs import save_model, save_trained
 from interface.plan import end_dry_run
 from interface.predictions import continued, depends_on
 from interface.reward_report import reward_report
+from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
 from safety.run import Run
@@ -268,11 +269,8 @@ def quantize(settings):
         end_dry_run(settings, llama, rows)
         warn_of_short_groups(settings, llama.config)
         calibration = [row.prompt + row.response for row in rows]
-        bar = progress("quantize", "block")
-        config = model.quantize(
-            llama, calibration, group_size, settings.act_order, settings.damp, bar,
-            settings.scale_search, settings.true_sequential,
-        )  # fmt: skip
+        recipe = Recipe(*[getattr(settings, field.name) for field in fields(Recipe)])
+        config = model.quantize(llama, calibration, recipe, progress("quantize", "block"))
         save_model(settings, llama, tokenizer, folder, config)
 
 

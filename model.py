@@ -537,34 +537,20 @@ def save(llama, folder, quantization=None):
 
 
 @torch.no_grad()
-def quantize(
-    llama,
-    calibration,
-    group_size=128,
-    act_order=False,
-    damp=0.01,
-    progress=iter,
-    scale_search=False,
-    true_sequential=False,
-):
-    """Quantise every projection of a dense Llama to 4 bits by GPTQ, in place; embeddings, norms and head stay.
+def quantize(llama, calibration, recipe, progress=iter):
+    """Quantize every projection of a dense Llama to 4 bits by GPTQ, in place; embeddings, norms and head stay.
 
-    calibration: a list of lists of token ids. scale_search: see quant.symmetric_scale. true_sequential: calibrate
-    o_proj on the quantised q, k and v of its block, and so on. Returns the quantization_config of the result.
+    calibration: a list of lists of token ids. recipe: quant.Recipe. Returns the quantization_config of the result.
     """
     hidden = [llama.model.embed_tokens(torch.tensor([row], device=llama.device)) for row in calibration]  # (1, T, C)
 
     def run(block, x):
         return block(x, llama.rope(torch.arange(x.shape[1], device=x.device)))
 
-    stages = None
-    if true_sequential:
-        stages = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
-    how = {"group_size": group_size, "act_order": act_order, "damp": damp, "scale_search": scale_search}
-    quantize_blocks(llama.model.layers, hidden, run, stages, progress, **how)
+    quantize_blocks(llama.model.layers, hidden, run, recipe, progress)
     return {
-        "quant_method": "gptq", "bits": 4, "group_size": group_size, "desc_act": act_order, "sym": True,
-        "damp_percent": damp, "true_sequential": true_sequential, "checkpoint_format": "gptq",
+        "quant_method": "gptq", "bits": 4, "group_size": recipe.group_size, "desc_act": recipe.act_order, "sym": True,
+        "damp_percent": recipe.damp, "true_sequential": recipe.true_sequential, "checkpoint_format": "gptq",
     }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ GPTQ: Frantar et al. 2023, arXiv 2210.17323. File format: AutoGPTQ, GPTQModel.
 Dimensions: M rows of x, K input width, N output width, G groups, T tiles of 128 rows, P columns of a tile.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -445,32 +446,40 @@ class QuantLinear(PackedWeight, nn.Module):
 # The quantiser
 
 
-def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128, scale_search=False):
-    """Quantise one layer, column by column, each column's error passed on to the columns not yet done.
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are quantized."""
 
-    Rounding each weight to the nearest step minimises the error of the weights. GPTQ minimises the error of the
+    group_size: int = 128  # weights that share a scale; -1: a whole column
+    act_order: bool = False  # do the columns of largest Hessian first, while there is most room to correct
+    damp: float = 0.01  # share of the Hessian's mean diagonal that is added to it
+    scale_search: bool = False  # see `symmetric_scale`
+    true_sequential: bool = False  # calibrate o_proj on the quantized q, k and v of its block, and so on
+
+
+def gptq(weight, hessian, recipe=Recipe(), block=128):
+    """Quantize one layer, column by column, each column's error passed on to the columns not yet done.
+
+    Rounding each weight to the nearest step minimizes the error of the weights. GPTQ minimizes the error of the
     outputs, |x W - x W_q|^2 summed over calibration inputs x, whose Hessian is H = X^T X for every output alike. After
     a column is rounded, the best correction of the remaining ones is given by the inverse of H; the Cholesky factor of
     that inverse holds all the rows of it that are ever needed (Frantar et al., algorithm 1).
 
-    weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. group_size: weights that share a scale,
-    -1 for all K. act_order: do the columns of largest Hessian first, while there is most room to correct.
-    damp: share of H's mean diagonal added to it. scale_search: see `symmetric_scale`.
-    block: columns whose corrections to the rest are applied at once. It changes only the speed, unless a group is wider
-    than a block and not a multiple of it: the group's scale is then set before the corrections of the block in which
-    it begins.
+    weight: (N, K) as nn.Linear holds it. hessian: (K, K), sum or mean of x x^T. block: columns whose corrections to the
+    rest are applied at once. It changes only the speed, unless a group is wider than a block and not a multiple of it:
+    the group's scale is then set before the corrections of the block in which it begins.
     Returns (qweight, qzeros, scales, g_idx) in the v1 format, symmetric (z = 8), on the weight's device.
     """
     N, K = weight.shape
-    group_size = K if group_size == -1 else group_size
+    group_size = K if recipe.group_size == -1 else recipe.group_size
     block -= block % group_size if group_size < block else 0  # groups begin where blocks do
     W, H = weight.detach().float().clone(), hessian.float().clone()
     dead = H.diagonal() == 0  # inputs that were always 0: any value does, 0 is exact
     H[dead, dead] = 1
     W[:, dead] = 0
-    order = H.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=W.device)
+    order = H.diagonal().argsort(descending=True) if recipe.act_order else torch.arange(K, device=W.device)
     W, H = W[:, order], H[order][:, order]
-    H.diagonal().add_(damp * H.diagonal().mean())
+    H.diagonal().add_(recipe.damp * H.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
     U = torch.linalg.cholesky(inverse, upper=True)  # (K, K), inverse = U^T U
 
@@ -481,7 +490,7 @@ def gptq(weight, hessian, group_size=128, act_order=False, damp=0.01, block=128,
         error = torch.zeros(N, end - start, device=W.device)
         for k in range(start, end):
             if k % group_size == 0:
-                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size], scale_search)
+                scales[k // group_size] = symmetric_scale(W[:, k : k + group_size], recipe.scale_search)
             s = scales[k // group_size]  # (N,)
             Q[:, k] = (W[:, k] / s).round().clamp(-8, 7) + 8
             error[:, k - start] = (W[:, k] - (Q[:, k] - 8) * s) / U[k, k]
@@ -516,34 +525,36 @@ def pack(Q, scales, g_idx):
     return pack_rows(Q), qzeros, scales.half(), g_idx
 
 
-def quantize_blocks(blocks, hidden, run, stages=None, progress=iter, **how):
+STAGES = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)  # of a block, in order
+
+
+def quantize_blocks(blocks, hidden, run, recipe=Recipe(), progress=iter):
     """Replace every nn.Linear inside a stack of blocks by a QuantLinear, first block first, in place.
 
     blocks: modules that follow one another. hidden: calibration inputs of the first block, a list of tensors.
-    run(block, h) -> h: how a block is called. how: arguments of `gptq`. Each block is calibrated on the outputs of the
-    quantised blocks before it, as GPTQ prescribes. stages: parts of layer names, [("q_proj", "k_proj"), …]: within a
-    block, too, each stage is calibrated on the outputs of the quantised stages before it; None: the inputs of all
-    layers are collected once. Raises UserError for a layer whose widths are not multiples of 8.
+    run(block, h) -> h: how a block is called. Each block is calibrated on the outputs of the quantized blocks before
+    it, as GPTQ prescribes; with recipe.true_sequential, each of STAGES on those of the stages before it.
+    Raises UserError for a layer whose widths are not multiples of 8.
     """
     for block in progress(blocks):
         linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        for stage in stages or [("",)]:
+        for stage in STAGES if recipe.true_sequential else [("",)]:
             chosen = {name: linear for name, linear in linears.items() if any(part in name for part in stage)}
             hessians = collect_hessians(chosen, block, hidden, run)
             for name, linear in chosen.items():
                 parent, _, child = name.rpartition(".")
-                setattr(block.get_submodule(parent), child, quantized(name, linear, hessians[name], **how))
+                setattr(block.get_submodule(parent), child, quantized(name, linear, hessians[name], recipe))
         hidden = [run(block, h) for h in hidden]
 
 
-def quantized(name, linear, hessian, group_size=128, **how):
+def quantized(name, linear, hessian, recipe):
     """The QuantLinear of an nn.Linear by `gptq`; name: for messages."""
     N, K = linear.weight.shape
     if N % 8 or K % 8:
         raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
-    layer = QuantLinear(K, N, group_size, linear.bias is not None)
+    layer = QuantLinear(K, N, recipe.group_size, linear.bias is not None)
     try:
-        packed = gptq(linear.weight, hessian, group_size, **how)
+        packed = gptq(linear.weight, hessian, recipe)
     except torch.linalg.LinAlgError:
         raise FloatingPointError(
             f"{name}: the Hessian of its inputs has no inverse; raise --damp, if the model's weights are finite"

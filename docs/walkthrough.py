@@ -129,7 +129,7 @@ def a_base(tokenizer, rows):
     title("four bits")
     projection, x = llama.model.layers[0].self_attn.q_proj, torch.randn(8, 64, generator=draw("x"))  # (M, K)
     W, before = projection.base.weight.T.clone(), projection(x)  # (K, N), (M, N)
-    model.quantize(llama, [row.prompt + row.response for row in rows], group_size=32)
+    model.quantize(llama, [row.prompt + row.response for row in rows], quant.Recipe(32))
     packed = projection.base
     word, s = packed.qweight[0, 0].item() & 0xFFFFFFFF, packed.scales[0, 0].item()
     q = [word >> 4 * k & 15 for k in range(8)]

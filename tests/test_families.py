@@ -18,6 +18,7 @@ import lastmile
 import lora
 import model
 import ppo
+import quant
 from formats import llama_folder
 from speed import cpu_decoder, shared_prompts
 
@@ -127,7 +128,7 @@ def test_quantized_it_is_still_of_its_family(folder, tmp_path):
     """
     transformers = pytest.importorskip("transformers")
     llama = model.load(folder)
-    said = model.quantize(llama, [row.tolist() for row in tokens_of(4, 16)], group_size=16)
+    said = model.quantize(llama, [row.tolist() for row in tokens_of(4, 16)], quant.Recipe(16))
     model.save(llama, tmp_path, said)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     del config.quantization_config
