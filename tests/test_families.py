@@ -154,6 +154,7 @@ def test_whole_models_are_of_their_family(run_folder, tmp_path, family):
     (tmp_path / "base").mkdir()
     model.save(model.initialize(config, torch.Generator().manual_seed(0)), tmp_path / "base")
     shutil.copyfile(run_folder / "base/tokenizer.model", tmp_path / "base/tokenizer.model")
+    (tmp_path / "base/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')  # not a Qwen's
     flags = ["--model", f"{tmp_path}/base", "--output-dir", f"{tmp_path}/run", "--template", "plain", "--tune", "full"]
     flags += ["--train-examples", "14", "--max-steps", "2"]
     assert lastmile.main(["mle", *flags, "--dry-run"]) == 0
