@@ -72,7 +72,8 @@ def check_tokenizer(folder, tokenizer, config):
             f"({config.vocab_size}, EOS {config.eos_token_id}); download the model again"
         )
     if tokenizer.own_eos and tokenizer.eos not in config.eos_token_id:
-        warn(f"{folder}: the tokenizer's EOS is {tokenizer.eos}, config.json's {config.eos_token_id}: each ends an output")
+        ends = config.eos_token_id
+        warn(f"{folder}: the tokenizer's EOS is {tokenizer.eos}, config.json's {ends}: each ends an output")
 
 
 def warn_of_short_groups(settings, config):
