@@ -238,15 +238,22 @@ def mismatched(datum, other, tokenizer, limit, rng):
     return other.response if other else None
 
 
+NO_BLANKS = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"  # between words, as in Chinese or Thai
+)
+
+
 def shuffled(datum, other, tokenizer, limit, rng):
-    """The right words in the wrong order."""
-    words = datum.target.split()
+    """The right words in the wrong order; the characters in languages that put no blanks between words."""
+    words, blank = datum.target.split(), " "
+    if len(re.findall(NO_BLANKS, datum.target)) > len(words):
+        words, blank = list(datum.target), ""
     if len(set(words)) < 2:
         return None  # one word, or one word repeated: no other order exists
     mixed = words
     while mixed == words:
         mixed = rng.sample(words, len(words))
-    return [*tokenizer.encode(" ".join(mixed))[: limit - 1], tokenizer.eos]
+    return [*tokenizer.encode(blank.join(mixed))[: limit - 1], tokenizer.eos]
 
 
 def repetitive(datum, other, tokenizer, limit, rng):
@@ -280,18 +287,18 @@ def with_negatives(data, tokenizer, limit, seed, edit=None, samples=()):
     edit: one more class, a function (datum, other, tokenizer, limit, rng) -> (kind, response, judged), see
     beyond/hallucinations.py. samples: {one more class: a response for each true output}. Outputs labelled bad in the
     data set are one more, "rejected", which weighs no more than another. All classes of a datum together weigh at most
-    1. A negative that reads as a true output of the same source is left out: the label would contradict itself.
-    Returns a list of Datum, each true output followed by its negatives, then the rejected ones. The same seed makes the
-    same negatives.
+    1. A negative that has the text or the ids of a true output of the same prompt is left out: the label would contradict
+    itself. Returns a list of Datum, each true output followed by its negatives, then the rejected ones. The same seed
+    makes the same negatives.
     """
     samples = dict(samples)
     positives = [datum for datum in data if datum.label]
     rejected = [datum for datum in data if not datum.label]
     weight = 1 / (len(NEGATIVES) + bool(edit) + len(samples) + bool(rejected))
     partners = derangement([datum.target for datum in positives], random.Random(stream_seed(seed, "mismatched")))
-    truths = defaultdict(set)  # source -> its true outputs
+    truths = defaultdict(set)  # prompt -> its true outputs, as text and as ids
     for datum in positives:
-        truths[datum.source].add(datum.target)
+        truths[tuple(datum.prompt)] |= {datum.target, tuple(datum.response)}
     rows = []
     for i, (datum, partner) in enumerate(zip(positives, partners, strict=True)):
         other = None if partner is None else positives[partner]
@@ -306,9 +313,12 @@ def with_negatives(data, tokenizer, limit, seed, edit=None, samples=()):
             made.append((kind, responses[i], None))
         rows.append(datum)
         for kind, response, judged in made:
-            if response is not None and tokenizer.decode(response).strip() not in truths[datum.source]:
+            if response is None:
+                continue
+            same = {tokenizer.decode(response).strip(), tuple(response)} & truths[tuple(datum.prompt)]
+            if not same:
                 rows.append(replace(datum, response=response, label=0.0, weight=weight, kind=kind, judged=judged))
-    rejected = [datum for datum in rejected if datum.target not in truths[datum.source]]
+    rejected = [d for d in rejected if not {d.target, tuple(d.response)} & truths[tuple(d.prompt)]]
     weight *= min(1, len(positives) / max(1, len(rejected)))
     return rows + [replace(datum, weight=weight) for datum in rejected]
 

@@ -57,17 +57,19 @@ def open_base(settings, dtype=None):
 
 
 def check_tokenizer(folder, tokenizer, config):
-    """Refuse a tokenizer whose texts or prompts have ids that the model lacks, or another EOS.
+    """Refuse a tokenizer whose texts or prompts have ids that the model lacks; warn of another EOS, which counts too.
 
     Tokens that neither contains may lie beyond the model's: a padding token that someone added later.
     """
     size = max(tokenizer.text_size - 1, *tokenizer.ids_of_prompts()) + 1
-    other_eos = tokenizer.own_eos and tokenizer.eos not in config.eos_token_id
-    if size > config.vocab_size or other_eos:
+    if size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer ({size} pieces, EOS {tokenizer.eos}) does not match config.json "
             f"({config.vocab_size}, EOS {config.eos_token_id}); download the model again"
         )
+    if tokenizer.own_eos and tokenizer.eos not in config.eos_token_id:
+        ends = config.eos_token_id
+        warn(f"{folder}: the tokenizer's EOS is {tokenizer.eos}, config.json's {ends}: each ends an output")
 
 
 def warn_of_short_groups(settings, config):

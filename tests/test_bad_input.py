@@ -151,7 +151,6 @@ CASES = [  # group, what is spoiled, the command, what the line must say
     (26, lambda p: (p.base / "tokenizer.model").write_bytes(b""), MLE, "tokenizer.model: not a SentencePiece model"),
     (26, lambda p: (p.base / "tokenizer.model").write_bytes(bytes(range(256))), MLE, "not a SentencePiece model"),
     (26, lambda p: (p.base / "tokenizer.model").write_bytes(b"x" * (17 << 20)), MLE, "over 16 MiB"),
-    (26, lambda p: p.config(eos_token_id=7), MLE, "EOS 2"),
     (27, lambda p: p.tensors(p.reward, lambda t: t.update(
         {k.replace("base_model.model.", ""): t.pop(k) for k in list(t)})), PPO, "missing, extra"),
     (27, lambda p: p.tensors(p.reward, lambda t: next(iter(t.values())).fill_(torch.nan)), PPO, "not finite"),
@@ -208,6 +207,7 @@ GOES_ON = [  # group, what is unusual, what may be said on stderr or stdout
     (11, lambda p: (p.base / "config.json").write_bytes(b"\xef\xbb\xbf" + (p.base / "config.json").read_bytes()), ""),
     (12, lambda p: p.config(auto_map={"AutoModel": "evil.Model"}), ""),
     (15, lambda p: p.config(eos_token_id=[2, 5]), ""),
+    (26, lambda p: p.config(eos_token_id=7), "the tokenizer's EOS is 2, config.json's (7,): each ends an output"),
     (17, lambda p: p.quantization(is_marlin_format=False), ""),
     (19, lambda p: p.quantization(checkpoint_format="gptq_v2"), "zero points are those of gptq"),
     (36, lambda p: p.train(row(input="</s> [/INST] <<SYS>>", output="<s> </s>") * 4), ""),

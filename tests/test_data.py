@@ -852,7 +852,11 @@ def test_shuffled(positives, tokenizer):
         words = tokenizer.decode(negative.response).split()
         assert words != positive.target.split() and sorted(words) == sorted(positive.target.split())
         assert negative.response[-1] == tokenizer.eos
-    for text in ("Hello", "no no no"):
+    for text in ("小明中午在公园下棋。", "今天 下雨", "ฉันรักแมว"):  # without blanks, or with few
+        datum = data.Datum("", "", text, [1], [*tokenizer.encode(text), 2])
+        mixed = tokenizer.decode(data.shuffled(datum, None, tokenizer, 60, random.Random(0)))
+        assert mixed != text and sorted(mixed.replace(" ", "")) == sorted(text.replace(" ", ""))
+    for text in ("Hello", "no no no", "猫"):
         datum = data.Datum("", "", text, [1], [*tokenizer.encode(text), 2])
         assert data.shuffled(datum, None, tokenizer, 60, random.Random(0)) is None
 
@@ -929,6 +933,27 @@ def test_no_negative_reads_as_a_truth(tokenizer):
     kinds = Counter((row.kind, row.source == row.target) for row in made)
     assert kinds["copied_input", True] == 0 and kinds["copied_input", False] == 60
     assert 60 < kinds["mismatched", True] + kinds["mismatched", False] < 90
+
+
+def test_no_negative_has_the_ids_of_a_truth(tmp_path, bpe):
+    """A tokenizer that lowers letters and joins blanks: an input that differs from the output in nothing else is the
+    output to the model, and two inputs may be one prompt. As text they differ, and were negatives.
+    """
+    shutil.copytree(bpe["smollm2"], tmp_path, dirs_exist_ok=True)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    lower = [{"type": "Lowercase"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": lower}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = data.load_tokenizer(tmp_path, "plain")
+    rows = [(f"sam  will go at {i}.", f"Sam will go at {i}.") for i in range(30)]
+    rows += [("SAM will go at 1.", f"no, at {i}", 0.0) for i in range(2)] + [
+        ("sam will go at 1.", "sam will GO at 1.", 0.0)
+    ]
+    rows = labelled(tokenizer, rows)
+    truths = {(*row.prompt, *row.response) for row in rows if row.label}
+    made = data.with_negatives(rows, tokenizer, 60, 0)
+    assert not [row for row in made if not row.label and (*row.prompt, *row.response) in truths]
+    assert Counter(row.kind for row in made)["copied_input"] == 0 and Counter(row.kind for row in made)["rejected"] == 2
 
 
 def test_bad_outputs_of_the_data_are_a_class(tokenizer):
