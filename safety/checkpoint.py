@@ -81,7 +81,7 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
     """
     found = {"stage": stage}
     for name, value in result_settings(settings).items():
-        found[f"--{name.replace('_', '-')}"] = value
+        found[as_flag(name)] = value
     if base:
         found["base model"] = model_hash(base)
         found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
@@ -94,6 +94,15 @@ def result_settings(settings):
     """{name: value} of the settings that can change a result. Paths are not among them: what they contain is hashed."""
     values = asdict(settings)
     return {f.name: values[f.name] for f in fields(settings) if f.metadata["result"]}
+
+
+def setting_defaults(settings):
+    """What a fingerprint made before a setting existed implies for it: {name in a fingerprint: the default}."""
+    return {as_flag(f.name): f.default for f in fields(settings) if f.metadata["result"]}
+
+
+def as_flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def rows_hash(rows, names):

@@ -33,6 +33,7 @@ from safety.checkpoint import (
     read_checkpoint,
     restore_state,
     rows_hash,
+    setting_defaults,
     state_of,
     write_checkpoint,
 )
@@ -113,7 +114,7 @@ class Run:
         if best:
             names = sorted(name for name in tensors if name.startswith("best."))
             self.best = (*best, [tensors.pop(name) for name in names])
-        if changed := changes(facts, self.facts):
+        if changed := changes(setting_defaults(self.settings) | facts, self.facts):
             raise UserError(
                 f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
             )

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import lastmile
 from formats import llama_folder
 from interface import folders
+from interface.training_settings import Reward
 from safety import checkpoint as checkpoint_files
 from safety import files as training_files
 from safety import run as run_module
@@ -984,3 +985,24 @@ def test_no_escape_sequence_reaches_the_terminal(train, material, monkeypatch, t
 
 if __name__ == "__main__":
     serve()
+
+
+# The settings of a reward model in a checkpoint of commit 0020ad4, which had no --head.
+RECORDED = {
+    "--max-input-tokens": 400, "--max-new-tokens": 24, "--seed": 1337, "--device": "cpu", "--dtype": "float32",
+    "--batch-size": 14, "--learning-rate": 0.002, "--epochs": 1, "--max-steps": 4, "--train-examples": 28,
+    "--max-grad-norm": 1.0, "--deterministic": False, "--eval-examples": 4, "--tune": "lora", "--lora-r": 16,
+    "--lora-alpha": 16.0, "--share-prompts": True, "--rows-per-prompt": 0, "--level": "token", "--hallucinations":
+    "off",
+    "--lora-targets": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "--samples": "", "--rounds": 1,
+}  # fmt: skip
+
+
+def test_a_setting_that_is_new_counts_as_its_default():
+    """A checkpoint of an earlier version, which lacks a setting, continues with its default and no other value."""
+    names = {name.removeprefix("--").replace("-", "_"): value for name, value in RECORDED.items()}
+    for head, expected in ("scalar", []), ("likelihood", ["--head (scalar then, likelihood now)"]):
+        settings = Reward(**names, head=head)
+        now = checkpoint_files.fingerprint("reward", settings, [], depends_on={})
+        then = RECORDED | {name: value for name, value in now.items() if not name.startswith("--")}
+        assert run_module.changes(checkpoint_files.setting_defaults(settings) | then, now) == expected
