@@ -287,7 +287,7 @@ def with_negatives(data, tokenizer, limit, seed, edit=None, samples=()):
     edit: one more class, a function (datum, other, tokenizer, limit, rng) -> (kind, response, judged), see
     beyond/hallucinations.py. samples: {one more class: a response for each true output}. Outputs labelled bad in the
     data set are one more, "rejected", which weighs no more than another. All classes of a datum together weigh at most
-    1. A negative that has the text or the ids of a true output of the same prompt is left out: the label would contradict
+    1. A negative with the text or the ids of a true output of the same prompt is left out: the label would contradict
     itself. Returns a list of Datum, each true output followed by its negatives, then the rejected ones. The same seed
     makes the same negatives.
     """
