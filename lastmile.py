@@ -367,6 +367,10 @@ def train_mle(settings):
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
         heldout = validation_rows(settings, llama, tokenizer, settings.eos_in_labels)
         depends_on = start_adapter(settings, llama, "mle", stream="lora")
+        if settings.best_of:
+            score, facts = open_judge(settings, llama, tokenizer, rows)
+            rows = rows + best_of.picked(settings, llama, rows, score, "mle", settings.best_of)
+            depends_on |= facts
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])
 
@@ -514,17 +518,21 @@ def train_missing_reward(settings):
     gc.collect()  # the layers of its base refer to each other: or there would be two bases in memory
 
 
+def open_judge(settings, llama, tokenizer, rows):
+    """`open_reward` of a reward that must be there."""
+    if not reward_function.is_function(settings.reward):
+        require(settings.reward, "reward", settings)
+    return open_reward(settings, llama, tokenizer, rows)
+
+
 def judge_reward(settings):
     """Best of N by the reward model, beside greedy answers, one sample and the oracle, on validation examples."""
     llama, tokenizer = open_base(settings)
     adapter = load_named(settings, llama, settings.adapter)
     rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
-    if not reward_function.is_function(settings.reward):
-        require(settings.reward, "reward", settings)
-    score, _ = open_reward(settings, llama, tokenizer, rows)
+    score, _ = open_judge(settings, llama, tokenizer, rows)
     end_dry_run(settings, llama, rows)
-    found = best_of.best_of(settings, llama, tokenizer, rows, score, adapter, settings.best_of)
-    best_of.show(settings, found)
+    best_of.show(settings, best_of.compare(settings, llama, tokenizer, rows, score, adapter, settings.best_of))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

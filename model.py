@@ -141,6 +141,12 @@ class KVCache:
         self.v[layer, self.row, :, self.length] = v[:, :, 0]
         return self.k[layer], self.v[layer]
 
+    def repeat(self, copies):
+        """Have each row `copies` times, one after the other."""
+        self.k, self.v = self.k.repeat_interleave(copies, 1), self.v.repeat_interleave(copies, 1)
+        self.length = self.length.repeat_interleave(copies)
+        self.row = torch.arange(len(self.length), device=self.length.device)
+
     def keep(self, rows):
         """Drop all rows but those of a (B,) mask."""
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
@@ -412,6 +418,7 @@ def sample(
     uniform=None,
     each=None,
     with_logp=False,
+    copies=1,
 ):
     """Continue prompts until EOS or the cap.
 
@@ -421,11 +428,12 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
     each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
+    copies: how many continuations of each prompt, one after the other; the prompt is read once.
     """
     llama, adapter = llama.resolve(adapter)
-    B, device = len(prompts), llama.device
+    B, device = len(prompts) * copies, llama.device
     eos = torch.tensor(llama.config.eos_token_id, device=device)
-    cache, logits = prefill(llama, prompts, adapter, max_new_tokens)  # (B, V)
+    cache, logits = prefill(llama, prompts, adapter, max_new_tokens, copies)  # (B, V)
     step = partial(decode, llama, adapter, cache)
     if device.type == "cuda":
         step = capture(step, cache)
@@ -459,8 +467,11 @@ def sample(
     return [(response, numbers[: len(response)]) for response, numbers in zip(responses, logp.tolist(), strict=True)]
 
 
-def prefill(llama, prompts, adapter, max_new_tokens):
-    """Pass the right-padded prompts once. Returns the cache and the logits of each first new token, (B, V)."""
+def prefill(llama, prompts, adapter, max_new_tokens, copies=1):
+    """Pass the right-padded prompts once. Returns the cache and the logits of each first new token, (B, V).
+
+    B: `copies` rows of each prompt.
+    """
     device = llama.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     T = int(length.max())
@@ -469,7 +480,11 @@ def prefill(llama, prompts, adapter, max_new_tokens):
     last = torch.arange(len(prompts), device=device) * T + length - 1  # (B,)
     h = llama.prefill(tokens.to(device), adapter, cache, last)  # (B, C)
     cache.length = length
-    return cache, llama.logits(h)
+    logits = llama.logits(h)
+    if copies > 1:
+        cache.repeat(copies)
+        logits = logits.repeat_interleave(copies, 0)
+    return cache, logits
 
 
 def decode(llama, adapter, cache, token):

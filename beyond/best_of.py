@@ -1,12 +1,13 @@
 """Best of N: what a reward model knows that the model it is to teach does not. Measured before hours of PPO.
 
-N outputs of each input are sampled and the reward model picks one. Where its picks are no better than greedy answers,
-PPO against it cannot pay either. The oracle, which picks by the metric itself, says how much there is to gain.
+N outputs of each input are sampled and the reward model picks one. If its picks are no better than greedy answers, PPO
+against it cannot pay either. The oracle, which picks by the metric itself, says how much there is to gain.
+Maximum likelihood on the picks is a control for PPO: RAFT (Dong et al. 2023, arXiv 2304.06767).
 
-Dimensions: B batch, T time, N outputs of one input.
+Dimensions: B batch, T time, R rows, N outputs of one row.
 """
 
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,86 +15,104 @@ import data
 import eval as evaluation
 import model
 import ppo
-from safety import ranks
+from formats.words import choose_tokenizer
 from safety.terminal import progress, say
 
 METRIC = "la-rouge1-F1"
+SHOWN = (METRIC, "la-rouge2-F1", "la-rougeL-F1", "exact", "excess_length")
+BATCH_SIZE = 32  # outputs in one sampling batch
 
 
-def best_of(settings, llama, tokenizer, rows, score, adapter, n):
-    """{selection: {metric: array of one number an example}} for greedy answers, one sample and the best of n.
+def sampled(settings, llama, rows, adapter, n):
+    """n samples of each row at temperature 1: a list of R lists of n responses. The prompt is read once."""
+    rng = data.generator(settings.seed, "best of", device=settings.device)
 
-    rows: list of Datum. score: Batch -> (B, T), see interface.inputs.open_reward. adapter: that answers, see lora.py.
+    def sample(prompts):
+        responses = model.sample(llama, prompts, adapter, settings.max_new_tokens, generator=rng, copies=n)
+        return [responses[start : start + n] for start in range(0, len(responses), n)]
+
+    return evaluation.predict(rows, sample, max(1, BATCH_SIZE // n), list, progress(f"{n} samples"))
+
+
+def judged(settings, rows, groups, score, penalty=0.0):
+    """(mean score, return) of each row's responses: two arrays (R, N). penalty: of each token of
+    the return that is beyond the reference's length, as in PPO.
+
+    groups: R lists of N responses. score: Batch -> (B, T), see interface.inputs.open_reward.
     """
-    s = settings
-    limits = {"adapter": adapter, "max_new_tokens": s.max_new_tokens}
-    greedy = ranks.sharded(partial(model.sample, llama, temperature=0, **limits))
-    prompts = [row for row in rows for _ in range(n)]
-    rng = data.generator(s.seed, "best of", device=s.device)
-    sampler = partial(model.sample, llama, generator=rng, **limits)
-    bar = progress("judge: greedy"), progress(f"judge: {n} samples")
-    answers = evaluation.predict(rows, greedy, 32, list, bar[0])
-    samples = evaluation.predict(prompts, sampler, 32, list, bar[1])
-    mean, total = score_responses(s, rows, samples, score, n)
-    texts = [tokenizer.decode(response) for response in samples]
-    references = [row.target for row in rows]
-    words = evaluation.choose_tokenizer(references)
-    by_sample = evaluation.metrics_by_example(texts, [target for target in references for _ in range(n)], words)
-    by_sample["exact"] = np.array([text == row.target for text, row in zip(texts, prompts, strict=True)], float)
-    by_sample = {metric: values.reshape(-1, n) for metric, values in by_sample.items()}  # (rows, N)
-    agreement = consensus(texts, n, words)
-    picks = {
+    means, returns = [], []
+    for row, responses in zip(rows, groups, strict=True):
+        truth = data.collate([row] * len(responses), settings.device)
+        sampled_rows = [replace(row, response=response) for response in responses]
+        batch = replace(data.collate(sampled_rows, settings.device), ref_len=truth.ref_len)
+        scores = score(batch)  # (N, T)
+        means.append((scores.sum(1) / batch.mask.sum(1)).tolist())
+        returns.append(ppo.token_rewards(batch, scores, penalty).sum(1).tolist())
+    return np.array(means), np.array(returns)
+
+
+def picked(settings, llama, rows, score, adapter, n):
+    """The rows with the best of n samples, by the mean score, in place of the true output: RAFT's targets."""
+    groups = sampled(settings, llama, rows, adapter, n)
+    means, _ = judged(settings, rows, groups, score)
+    best = means.argmax(1)  # (R,)
+    return [replace(row, response=groups[i][best[i]], kind="picked") for i, row in enumerate(rows)]
+
+
+def compare(settings, llama, tokenizer, rows, score, adapter, n):
+    """{way to choose: {metric: array of one number a row}}: greedy answers, one sample, the best of n by each judge."""
+    greedy = evaluation.predict(
+        rows, lambda prompts: model.sample(llama, prompts, adapter, settings.max_new_tokens, 0), BATCH_SIZE,
+        tokenizer.decode, progress("greedy"),
+    )  # fmt: skip
+    groups = sampled(settings, llama, rows, adapter, n)
+    means, returns = judged(settings, rows, groups, score, settings.length_penalty)
+    texts = [tokenizer.decode(response) for responses in groups for response in responses]
+    words = choose_tokenizer([row.target for row in rows])
+    measured = measure(texts, [row.target for row in rows for _ in range(n)], words)
+    measured = {metric: values.reshape(-1, n) for metric, values in measured.items()}  # (R, N)
+    choices = {
         "one sample": np.zeros(len(rows), int),
-        f"best of {n} by the mean score": mean.argmax(1),
-        f"best of {n} by the return": total.argmax(1),
-        f"best of {n} by agreement": agreement.argmax(1),
-        f"best of {n} by {METRIC} (oracle)": by_sample[METRIC].argmax(1),
+        f"best of {n} by the mean score": means.argmax(1),
+        f"best of {n} by the return": returns.argmax(1),
+        f"best of {n} by agreement": agreement(texts, n, words).argmax(1),
+        f"best of {n} by {METRIC} (oracle)": measured[METRIC].argmax(1),
     }
-    found = {"greedy": evaluation.metrics_by_example([tokenizer.decode(a) for a in answers], references, words)}
-    found["greedy"]["exact"] = np.array(
-        [tokenizer.decode(a) == target for a, target in zip(answers, references, strict=True)], float
-    )
-    for name, pick in picks.items():
-        found[name] = {metric: values[np.arange(len(rows)), pick] for metric, values in by_sample.items()}
+    found = {"greedy": measure(greedy, [row.target for row in rows], words)}
+    for name, choice in choices.items():
+        found[name] = {metric: values[np.arange(len(rows)), choice] for metric, values in measured.items()}
     return found
 
 
-def score_responses(settings, rows, responses, score, n):
-    """(mean score, return) of n responses to each row: two arrays (rows, N). The return has PPO's length penalty."""
-    means, totals = [], []
-    for start in range(0, len(responses), 32):
-        part = range(start, min(start + 32, len(responses)))
-        truth = data.collate([rows[i // n] for i in part], settings.device)
-        batch = ppo.rollout(truth, lambda prompts, part=part: [(responses[i], [0.0] * len(responses[i])) for i in part])
-        scores = score(batch)  # (B, T)
-        means += (scores.sum(1) / batch.mask.sum(1)).tolist()
-        totals += ppo.token_rewards(batch, scores, settings.length_penalty).sum(1).tolist()
-    return np.array(means).reshape(-1, n), np.array(totals).reshape(-1, n)
+def measure(texts, references, words):
+    """`eval.metrics_by_example`, and whether a text is the reference."""
+    found = evaluation.metrics_by_example(texts, references, words)
+    return found | {"exact": np.array([a == b for a, b in zip(texts, references, strict=True)], float)}
 
 
-def consensus(texts, n, words):
-    """How much each of n outputs agrees with the others, by the metric: (rows, N). It asks no reward model."""
+def agreement(texts, n, words):
+    """How much each of n outputs agrees with the others, by the metric: (R, N). It asks no reward model.
+
+    Minimum Bayes risk decoding: Eikema and Aziz 2020, arXiv 2005.10283.
+    """
     found = []
     for start in range(0, len(texts), n):
         group = texts[start : start + n]
         one, other = zip(*[(a, b) for a in group for b in group], strict=True)
-        agreement = evaluation.metrics_by_example(list(one), list(other), words)[METRIC].reshape(n, n)
-        found.append(agreement.mean(1))
+        found.append(evaluation.metrics_by_example(list(one), list(other), words)[METRIC].reshape(n, n).mean(1))
     return np.array(found)
 
 
 def show(settings, found):
-    """Print a selection a line, and whether the reward model's picks beat greedy answers."""
-    metrics = (METRIC, "la-rouge2-F1", "la-rougeL-F1", "exact", "excess_length")
-    lines = [["", *metrics]]
+    """Print a way to choose a line, and whether the reward model's picks beat greedy answers."""
+    lines = [["", *SHOWN]]
     for name, values in found.items():
         cells = []
-        for metric in metrics:
+        for metric in SHOWN:
             low, high = evaluation.interval(values[metric], settings.seed)
             cells.append(f"{values[metric].mean():.3f} ±{(high - low) / 2:.3f}")
         lines.append([name, *cells])
-    n = len(next(iter(found.values()))[METRIC])
-    say(f"\nbest of N, {n} examples:")
+    say(f"\nbest of N, {len(found['greedy'][METRIC])} examples:")
     say(evaluation.markdown(lines))
     for name, values in found.items():
         if " by the " in name:

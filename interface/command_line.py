@@ -69,7 +69,7 @@ def resolve(command, given):
     s = settings(**given)
     output = Path(s.output_dir or Path("runs") / Path(s.data).stem)
     found = {"output_dir": str(output), "model": s.model or default_model(command, s.data, output)}
-    if command in ("ppo", "judge"):
+    if command in ("mle", "ppo", "judge"):
         found["reward"] = s.reward or str(output / "reward")
     check_loggers(getattr(s, "report_to", ""))
     if getattr(s, "keep", "last") == "best" and not s.eval_every:

@@ -150,6 +150,13 @@ class Reward(Training):
 class Mle(Training):
     """the maximum-likelihood control (paper, 3.4)"""
 
+    best_of: int = opt(
+        0,
+        "learn also the best of so many samples of the model of --init to each input, as --reward picks it (RAFT, "
+        "beyond P); 0: the truth alone",
+        least=0,
+    )
+    reward: str = opt("", "who picks, as of ppo [<output-dir>/reward]", result=False)
     eos_in_labels: bool = opt(True, "learn to stop; off reproduces an MLE control that never does (choice: on)")
 
 

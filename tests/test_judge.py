@@ -168,10 +168,10 @@ def test_best_of_takes_what_the_judge_prefers(run_folder):
 
     settings = partial(dict, seed=1, device="cpu", max_new_tokens=20, length_penalty=2.5)
     settings = type("Settings", (), settings())
-    samples = [[token] * 3, [7], [8, token], [9]] * len(positives)
-    mean, total = best_of.score_responses(settings, positives, samples, score, 4)
-    assert mean.shape == (6, 4) and (mean.argmax(1) == 0).all() and np.allclose(mean[:, 2], 0.5)
-    found = best_of.best_of(settings, llama, tokenizer, positives, score, None, 4)
+    groups = [[[token] * 3, [7], [8, token], [9]]] * len(positives)
+    mean, total = best_of.judged(settings, positives, groups, score)
+    assert mean.shape == total.shape == (6, 4) and (mean.argmax(1) == 0).all() and np.allclose(mean[:, 2], 0.5)
+    found = best_of.compare(settings, llama, tokenizer, positives, score, None, 4)
     greedy = model.sample(llama, [row.prompt for row in positives], None, 20, 0)
     expected = [
         len(tokenizer.decode(a).split()) - len(row.target.split()) for a, row in zip(greedy, positives, strict=True)
@@ -184,7 +184,7 @@ def test_best_of_takes_what_the_judge_prefers(run_folder):
 def test_agreement_prefers_what_most_say():
     """Of three outputs that share words and one that does not, the odd one is never picked: votes, for texts."""
     texts = ["a b c d", "a b c x", "a b y d", "q r s t"]
-    agreement = best_of.consensus(texts, 4, "ascii")
+    agreement = best_of.agreement(texts, 4, "ascii")
     assert agreement.shape == (1, 4) and agreement[0].argmin() == 3 and agreement[0].argmax() == 0
 
 
@@ -201,6 +201,50 @@ def test_judge_says_whether_the_reward_model_pays(fresh_run, reward, capsys):
         said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("judge: ")])
     assert said[0] == said[1] and len(said[0]) == 2 and "la-rouge1-F1" in said[0][0]
     assert len(said[2]) == 2
+
+
+def test_mle_learns_what_the_judge_picks(fresh_run, reward, capsys):
+    """`mle --best-of` is the truth and, of each input, one sample of the adapter it starts from: the control that RL
+    must beat. The same command, stopped and resumed, ends with the same bits.
+    """
+    assert fresh_run("mle", *SMALL) == 0
+    (fresh_run.folder / "mle").rename(fresh_run.folder / "first")
+    flags = [*SMALL, "--init", fresh_run.folder / "first", "--best-of", 3, "--reward", reward, "--max-new-tokens", 20]
+    assert exit_code(fresh_run, "mle", *flags[:-4], "--reward", fresh_run.folder / "none") == 2
+    assert fresh_run("mle", *flags, "--save-every", 1) == 0
+    assert len(journal(fresh_run.folder / "mle")) == 4
+    expected = learned(fresh_run.folder / "mle")
+    assert fresh_run("mle", *flags, "--overwrite", "--max-time", 1e-9) == 143
+    assert fresh_run("mle", *flags, "--overwrite", "--resume") == 0
+    assert learned(fresh_run.folder / "mle") == expected
+
+
+def test_picked_rows_are_the_judge_s(run_folder):
+    """Each row keeps its prompt, and its response is the sample of the highest mean score."""
+    llama, tokenizer = model.load(run_folder / "base"), data.load_tokenizer(run_folder / "base")
+    positives, _ = data.encode(data.toy("validation")[:5], tokenizer)
+    settings = type("Settings", (), dict(seed=1, device="cpu", max_new_tokens=12, length_penalty=2.5))
+
+    def score(batch):
+        return (batch.tokens % 7).float() * batch.mask
+
+    groups = best_of.sampled(settings, llama, positives, None, 4)
+    rows = best_of.picked(settings, llama, positives, score, None, 4)
+    for row, truth, responses in zip(rows, positives, groups, strict=True):
+        means = [sum(token % 7 for token in response) / len(response) for response in responses]
+        assert row.prompt == truth.prompt and row.response == responses[int(np.argmax(means))]
+
+
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_copies_are_rows_of_their_own(run_folder, monkeypatch, path):
+    """Several continuations of a prompt that is read once are those of as many rows with that prompt."""
+    if path == "plain":
+        monkeypatch.setattr(cpu_decoder, "decoder", lambda *arguments: None)
+    llama = with_adapter(model.load(run_folder / "base"), "policy")
+    prompts = [[1, 400, 5], [1, 9], [1, 30, 31, 32, 33]]
+    uniform = torch.rand(9, 14, generator=torch.Generator().manual_seed(0))
+    expected = model.sample(llama, [p for p in prompts for _ in range(3)], "policy", 14, uniform=uniform)
+    assert model.sample(llama, prompts, "policy", 14, uniform=uniform, copies=3) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------
