@@ -33,17 +33,21 @@ def multiplies_bf16():
 def bf16_is_faster(laps=3):
     """Whether products of bf16 matrices take less time here than of fp32, which takes 20 ms to find out.
 
-    As a rule they take half of it where the hardware has them; on some Xeons with AVX512-BF16 1.7 times as much.
+    As a rule they take half of it where the hardware has them; on some Xeons with AVX512-BF16 1.7 times as much. Timed
+    is one thread, without what other processes take: on a busy machine a clock was wrong one time in fourteen.
     """
     prefer_onednn()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     least = {}  # seconds
     x, W = torch.rand(256, 512), torch.rand(1024, 512)  # (M, K), (N, K)
     for _ in range(laps):
         for dtype in (torch.float32, torch.bfloat16):
             left, right = x.to(dtype), W.to(dtype)
-            start = time.perf_counter()
+            start = time.thread_time()
             F.linear(left, right)
-            least[dtype] = min(least.get(dtype, math.inf), time.perf_counter() - start)
+            least[dtype] = min(least.get(dtype, math.inf), time.thread_time() - start)
+    torch.set_num_threads(threads)
     return least[torch.bfloat16] < least[torch.float32]
 
 
