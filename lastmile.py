@@ -565,17 +565,6 @@ def evaluate(settings):
         say(f"{name}: {predictions[name][0]}")
 
 
-def show_tables(settings):
-    """Print the paper's Tables 1 and 2, ours beside the paper's, and write them to eval/tables.md."""
-    folder = Path(settings.output_dir) / "eval"
-    require(folder, "eval", settings)
-    _, text = results.read_scores(folder, settings.beside)
-    say(text)
-    end_dry_run(settings)
-    (folder / "tables.md").write_text(f"{text}\n", encoding="utf-8")
-    say(f"\nAll results are in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
-
-
 def write_report(settings):
     """One HTML page of everything in the run's folder."""
     from report.write import write  # here: the other commands need no template engine
@@ -591,7 +580,7 @@ COMMANDS = {
     "ppo": train_ppo,
     "judge": judge_reward,
     "eval": evaluate,
-    "tables": show_tables,
+    "tables": use.show_tables,
     "report": write_report,
     "merge": use.merge,
     "sample": use.answer,

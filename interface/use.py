@@ -1,6 +1,7 @@
-"""The commands that use what was trained: sample, predict and merge."""
+"""The commands that use what was trained: sample, predict, merge and tables."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -9,8 +10,8 @@ import data
 import model
 from formats.errors import UserError
 from formats.tables import read_inputs
-from interface import chat
-from interface.folders import stage_folder
+from interface import chat, results
+from interface.folders import require, stage_folder
 from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
 from interface.outputs import save_model, write_card
 from interface.plan import end_dry_run
@@ -107,3 +108,14 @@ def merge_adapter(llama, adapter, dtype=torch.float16):
         layer.lora_A.clear()
         layer.lora_B.clear()
     llama.to(dtype)
+
+
+def show_tables(settings):
+    """Print the paper's Tables 1 and 2, ours beside the paper's, and write them to eval/tables.md."""
+    folder = Path(settings.output_dir) / "eval"
+    require(folder, "eval", settings)
+    _, text = results.read_scores(folder, settings.beside)
+    say(text)
+    end_dry_run(settings)
+    (folder / "tables.md").write_text(f"{text}\n", encoding="utf-8")
+    say(f"\nAll results are in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")

@@ -9,7 +9,7 @@ from interface import folders
 
 PAGES = sorted([*folders.ROOT.glob("*.md"), *(folders.ROOT / "docs").glob("*.md")])
 MODULES = [file.stem for file in folders.ROOT.glob("*.py")]
-WINGS = ("formats", "training", "beyond", "speed", "report", "toy")
+WINGS = ("formats", "safety", "interface", "beyond", "speed", "report", "toy")
 
 
 def anchor(heading):
