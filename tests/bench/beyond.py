@@ -50,6 +50,7 @@ ROWS = {  # row: the commands that it takes, in order
     "tune full": over("--tune full", RATES["full"]),
     "default, all 2,700": {"reward": "--train-examples 0"},  # whom a negative tells apart once training is longer
     "span, all 2,700": {"reward": "--train-examples 0 --hallucinations span"},
+    "likelihood, all 2,700": {"reward": "--train-examples 0 --hallucinations span --head likelihood"},
 }
 
 
@@ -77,7 +78,7 @@ def heldout(row):
     edits = "sequence" if settings.level == "sequence" else "span"  # where single tokens are not scored, no span is
     settings = replace(settings, hallucinations=edits, eval_examples=300)
     llama, tokenizer = inputs.open_base(settings)
-    llama.load_adapter("reward", folder, head=True)
+    llama.load_adapter("reward", folder, head=settings.head == "scalar")
     positives = inputs.load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
     rows = samples.add_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
     return validation.reward_report(settings, llama, rows)
