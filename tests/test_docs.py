@@ -7,7 +7,7 @@ import pytest
 
 from interface import folders
 
-PAGES = sorted([*folders.ROOT.glob("*.md"), *(folders.ROOT / "docs").glob("*.md")])
+PAGES = sorted([*folders.ROOT.glob("*.md"), *(folders.ROOT / "docs").rglob("*.md")])
 MODULES = [file.stem for file in folders.ROOT.glob("*.py")]
 WINGS = ("formats", "safety", "interface", "beyond", "speed", "report", "toy")
 

@@ -1,4 +1,4 @@
-"""The experiment of docs/experiment.md: each row is a few stages in a folder of its own, under runs/experiment/.
+"""The experiment of docs/experiment/appendix.md: each row is a few stages in a folder of its own, under runs/experiment/.
 
     python docs/experiment/run.py [ROW ...]           all rows, or those named; what is there already stays
     python docs/experiment/run.py --table             what there is so far, into results.json and the page's tables
@@ -289,7 +289,7 @@ if __name__ == "__main__":
             for row in dict.fromkeys([*ROWS, *before]) if row in before or row in found
         }  # fmt: skip
         training_files.write_json(stored, found)
-        write_tables(ROOT / "docs/experiment.md", tables(found))
+        write_tables(ROOT / "docs/experiment/appendix.md", tables(found))
     else:
         for row in sys.argv[1:] or ROWS:
             run(row)
