@@ -9,6 +9,7 @@ formats/columns.py.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -88,6 +89,9 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
         print(
             f"{split}: if one of these rates an output, that does not count: all are learned as good", file=sys.stderr
         )
+    ends = [name[0] for pair in itertools.chain(*rows) if (name := re.search(r"(</s>|<\|\w+\|>)$", pair[2]))]
+    if ends:
+        print(f"{split}: {len(ends)} outputs end with the text {ends[0]}; remove it: EOS is added", file=sys.stderr)
     if without_weight:
         print(f"{split}: skipped {without_weight} rows whose output has weight 0", file=sys.stderr)
     if several:

@@ -93,6 +93,14 @@ def test_a_label_counts_beside_named_columns(tmp_path):
     assert [(e.source, e.target, e.label) for e in rows] == [("in", "out", 0)]
 
 
+def test_a_written_eos_is_told(tmp_path, capsys):
+    """</s> at the end of an output is text here, of several tokens, which the model would learn to write before EOS."""
+    rows = [{"input": "a", "output": text} for text in ("b</s>", "c <|im_end|>", "d")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(data.load(tmp_path, "train")) == 3
+    assert capsys.readouterr().err == "train: 2 outputs end with the text </s>; remove it: EOS is added\n"
+
+
 def test_tables_written_by_hand_and_by_excel(tmp_path):
     """A blank after the comma does not make quotes part of the text; columns without a name are none with one name."""
     (tmp_path / "train.csv").write_text('dialogue, summary,,\n"Hi, Anna", "She greets.",,\n')
