@@ -16,7 +16,7 @@ import itertools
 
 import numpy as np
 
-from formats.words import UnicodeTokenizer, choose_tokenizer, count_words
+from formats.words import AsciiTokenizer, UnicodeTokenizer, choose_tokenizer, count_words
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -113,7 +113,7 @@ def metrics_by_example(predictions, references, tokenizer="auto"):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     if tokenizer == "auto":
         tokenizer = choose_tokenizer(references)
-    units = UnicodeTokenizer() if tokenizer == "unicode" else None  # None: rouge-score's own
+    units = UnicodeTokenizer() if tokenizer == "unicode" else AsciiTokenizer()
     scorer = rouge_scorer.RougeScorer(ROUGES, use_stemmer=False, tokenizer=units)
     rows = {metric: [] for metric in ("excess_length", *ROWS[1:])}
     for prediction, reference in zip(predictions, references, strict=True):

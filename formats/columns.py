@@ -5,6 +5,7 @@
 A column is found by its name, in any case and with blanks around it. What no layout uses is told to the user.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -14,14 +15,16 @@ PAIRS = [  # (input, target), the names that are found without being named; more
     ("dialogue", "summary"), ("document", "summary"), ("article", "highlights"),
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "chosen"),
     ("input", "output"), ("question", "answer"), ("query", "response"), ("source", "target"), ("text", "label"),
-    ("instruction", "output"), ("instruction", "response"),
+    ("instruction", "output"), ("instruction", "response"), ("instruction", "chosen"), ("input", "chosen"),
 ]  # fmt: skip
 CONVERSATIONS = ("messages", "conversations", "conversation")  # columns whose last turn is the target
 WHOLE = (*CONVERSATIONS, "chosen", "rejected")  # may repeat the input's turns before the output
 CONTEXTS = ("input", "context")  # what an instruction is about: Alpaca's and Dolly's name
 OPTIONAL = ("system", "instruction", *CONTEXTS)  # parts that may be empty: an instruction may say all
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-LABELS = {"true": True, "1": True, "false": False, "0": False}  # of KTO's `label` in a CSV file
+SPEAKERS = {"user": "user human", "assistant": "assistant gpt chatgpt bing bard model", "system": "system"}
+ROLES = {name: role for role, names in SPEAKERS.items() for name in names.split()}
+LABELS = {name: label for label, names in ((True, "true 1 good"), (False, "false 0 bad")) for name in names.split()}
+RATINGS = r"label|rank|rating|score|quality|reward|kto_tag|weight"  # what may say that an output is bad
 TEXT_LIMIT = 1 << 20  # characters in one text; csv's own limit of 128 KiB is below some news articles
 
 
@@ -38,10 +41,10 @@ class Names:
 class Layout:
     """The columns of a row, by the names that the file gives them."""
 
-    parts: tuple  # of the input, joined by a blank line: system, instruction, the input itself
+    parts: tuple  # of the input, joined by a blank line: system, instruction, the input itself, its context
     target: str
-    negatives: tuple  # columns of bad outputs
-    label: str | None  # KTO's: whether the target is a good output
+    negatives: tuple = ()  # columns of bad outputs
+    label: str | None = None  # KTO's: whether the target is a good output
 
     @property
     def used(self):
@@ -57,45 +60,42 @@ class Pair:
 
 def find_layout(where, row, names):
     """The Layout of a row: the columns named, or the one pair of PAIRS or conversation that is there."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
-    columns = lower_names(row)
-    label = None
+    columns = lower_names(where, row)
     if bool(names.input) != bool(names.target):
         raise UserError("--input-column and --target-column go together; name both")
     if names.input:
         parts, target = (find(where, columns, row, names.input),), find(where, columns, row, names.target)
     else:
-        found = [(name, name) for name in CONVERSATIONS if isinstance(row.get(columns.get(name)), list)]
+        found = [(name, target_of(where, columns, row, name)) for name in conversations(columns, row)]
         found += pairs_among(columns, row)
-        if len(found) != 1:
-            problem = "more than one pair of columns fits" if found else "cannot tell the input and the target column"
-            raise UserError(
-                f"{where}: {problem} among {', '.join(map(str, row))}; name them: --input-column NAME "
-                f"--target-column NAME{hint_of_delimiter(row)}"
-            )
-        parts, target = found[0]
-        main, target = columns[parts], columns[target]
-        before = [columns[name] for name in ("system", "instruction") if name in columns]
-        parts = tuple(dict.fromkeys([*before, main]))
-        if main == columns.get("instruction"):
-            parts += tuple(columns[name] for name in CONTEXTS if name in columns)
-        if main == columns.get("question") and "context" in columns:
-            parts += (columns["context"],)
-    if "label" in columns and parts[-1] == columns.get("prompt"):  # KTO's, whether found or named
+        main, target = only(where, row, found, "pair of columns", "input and the target column")
+        parts, target = with_context(columns, main), columns[target]
+    label = columns.get("kto_tag")
+    if "label" in columns:
         is_bool = isinstance(row[columns["label"]], bool)
-        if target == columns.get("completion") or (target == columns.get("response") and is_bool):
-            label = columns["label"]
-    negatives = ()
+        replies = {columns.get("response"), *parts} if is_bool else ()  # in parts: a conversation is both
+        label = columns["label"] if target == columns.get("completion") or target in replies else label
+    negatives = (columns["rejected"],) if "rejected" in columns else ()
     if names.negative:
         negatives = (find(where, columns, row, names.negative),)
-    elif "rejected" in columns:
-        negatives = (columns["rejected"],)
     return Layout(parts, target, negatives, label)
 
 
-def lower_names(row):
+def find_inputs(where, row, names):
+    """The columns of a row's input, as of Layout.parts; a target may be there or not."""
+    columns = lower_names(where, row)
+    if names.input:
+        return (find(where, columns, row, names.input),)
+    found = conversations(columns, row) + [name for name in dict(PAIRS) if name in columns]
+    if "instruction" in found:
+        found = [name for name in found if name in CONTEXTS] or ["instruction"]
+    return with_context(columns, only(where, row, found, "column", "input column", target=False))
+
+
+def lower_names(where, row):
     """{name in lower case, without blanks: name in the file}."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with an input and a target column, found {row!r:.40}")
     columns = {}
     for name in row:
         columns.setdefault(str(name).strip().lower(), name)
@@ -114,13 +114,41 @@ def find(where, columns, row, name):
     )
 
 
+def only(where, row, found, what, which, target=True):
+    """The one thing that was found. Raises UserError with the columns if there is none, or more than one."""
+    if len(found) == 1:
+        return found[0]
+    flags = "them: --input-column NAME --target-column NAME" if target else "it: --input-column NAME"
+    problem = f"more than one {what} fits" if found else f"cannot tell the {which}"
+    raise UserError(f"{where}: {problem} among {', '.join(map(str, row))}; name {flags}{hint_of_delimiter(row)}")
+
+
+def conversations(columns, row):
+    return [name for name in CONVERSATIONS if isinstance(row.get(columns.get(name)), list)]
+
+
+def target_of(where, columns, row, name):
+    """The target of a conversation: its last turn or, if that is the user's, `chosen` beside it."""
+    reply = row.get(columns.get("chosen"))
+    ends = messages(where, columns[name], row[columns[name]])[-1]["role"] == "assistant"
+    return "chosen" if isinstance(reply, (dict, str)) and not ends else name
+
+
 def pairs_among(columns, row):
     """The pairs of PAIRS that a row has. An instruction goes before an input: the two are no rivals."""
     found = [pair for pair in PAIRS if set(pair) <= set(columns)]
     if "instruction" in columns and any(main != "instruction" for main, _ in found):
         found = [pair for pair in found if pair[0] != "instruction"]
-    whole = isinstance(row.get(columns.get("chosen")), list) and not {"prompt", "question"} & set(columns)
+    inputs = {"prompt", "question", "input", "instruction"} & set(columns)
+    whole = isinstance(row.get(columns.get("chosen")), list) and not inputs
     return [*found, ("chosen", "chosen")] if whole else found  # TRL's implicit prompt: the whole conversation
+
+
+def with_context(columns, main):
+    """The columns of an input: system text and instruction before the main one, what it is about behind it."""
+    after = CONTEXTS if main == "instruction" else ("context",) if main == "question" else ()
+    names = [*("system", "instruction"), main, *after]
+    return tuple(dict.fromkeys(columns[name] for name in names if name in columns))
 
 
 def hint_of_delimiter(row):
@@ -130,25 +158,6 @@ def hint_of_delimiter(row):
             if delimiter in str(next(iter(row))):
                 return f"; or the header's one cell is several: --delimiter '{delimiter}'".replace("\t", "\\t")
     return ""
-
-
-def find_inputs(where, row, names):
-    """The columns of a row's input, as of Layout.parts; a target may be there or not."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with an input column, found {row!r:.40}")
-    columns = lower_names(row)
-    if names.input:
-        return (find(where, columns, row, names.input),)
-    found = [name for name in CONVERSATIONS if isinstance(row.get(columns.get(name)), list)]
-    found += [name for name in dict.fromkeys(name for name, _ in PAIRS) if name in columns]
-    before = [columns[name] for name in ("system", "instruction") if name in columns]
-    if "instruction" in found:
-        found = [name for name in found if name in CONTEXTS] or ["instruction"]
-    if len(found) != 1:
-        problem = "more than one column may be the input" if found else "cannot tell the input column"
-        raise UserError(f"{where}: {problem} among {', '.join(map(str, row))}; name it: --input-column NAME")
-    after = [columns["context"]] if found == ["question"] and "context" in columns else []
-    return tuple(dict.fromkeys([*before, columns[found[0]], *after]))
 
 
 def input_of(where, row, parts):
@@ -163,7 +172,13 @@ def input_of(where, row, parts):
 
 
 def pairs_of(where, row, layout):
-    """The Pairs of a row: its target, and its bad outputs with label 0. Raises UserError naming row and column."""
+    """The Pairs of a row: its target, and its bad outputs with label 0; none if the target's own weight is 0.
+
+    Raises UserError naming row and column.
+    """
+    last = row[layout.target][-1:] if isinstance(row[layout.target], list) else [row[layout.target]]
+    if any(isinstance(turn, dict) and "role" in turn and turn.get("weight") == 0 for turn in last):
+        return []
     values = {name: row[name] for name in layout.parts}
     if layout.target in values:
         values[layout.target] = messages(where, layout.target, row[layout.target])[:-1]
@@ -174,6 +189,30 @@ def pairs_of(where, row, layout):
         for output in outputs(row[name]):
             found.append(Pair(source, answer(where, name, output), 0.0))
     return found
+
+
+def unused(row, layout):
+    """What of a row no model sees: columns, and fields of messages as "column.field"."""
+    found = [name for name in row if name not in layout.used and name != "id"]
+    for name in layout.used & set(row):
+        for turn in row[name] if isinstance(row[name], list) else [row[name]]:
+            fields = turn if is_message(turn) else {}
+            found += [f"{name}.{key}" for key, value in fields.items() if value and key not in TURN]
+    return found
+
+
+def has_several_answers(row, layout):
+    """Whether a conversation has answers before the last one, which is the output."""
+    turns = row[layout.target] if layout.target in layout.parts else []
+    roles = [turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict)]
+    return sum(ROLES.get(str(role).strip().lower()) == "assistant" for role in roles) > 1
+
+
+TURN = ("role", "from", "content", "value", "weight")
+
+
+def is_message(value):
+    return isinstance(value, dict) and bool({"role", "from"} & set(value))
 
 
 def joined(where, values):
@@ -207,6 +246,7 @@ def read_label(where, name, value):
 
 def answer(where, name, value):
     """The text of an output: a text, or the assistant's message; of a whole conversation its last one."""
+    value = [value] if is_message(value) else value
     if isinstance(value, list):
         turns = messages(where, name, value)
         alone = len(turns) == 1 or name.strip().lower() in WHOLE
@@ -219,13 +259,13 @@ def answer(where, name, value):
 def conversation(where, name, value, may_be_empty=False):
     """The text of an input: a text, or messages.
 
-    A system message comes first, unchanged; one further message is the text itself, several become "role: text" lines:
-    lastmile learns one answer to one input, and its template, not the data, says who speaks.
+    System messages at the start come first, unchanged; one further message is the text itself, several become
+    "role: text" lines: lastmile learns one answer to one input, and its template, not the data, says who speaks.
     """
     if isinstance(value, list):
         turns = messages(where, name, value)
-        system = [turn["content"] for turn in turns if turn["role"] == "system"]
-        turns = [turn for turn in turns if turn["role"] != "system"]
+        first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+        system, turns = [turn["content"] for turn in turns[:first]], turns[first:]
         lines = [turn["content"] if len(turns) == 1 else f"{turn['role']}: {turn['content']}" for turn in turns]
         value = "\n\n".join([*system, "\n".join(lines)])
     if may_be_empty and (value is None or value == ""):
@@ -247,7 +287,7 @@ def messages(where, name, value):
                 f"{where}: column {name!r} is empty or not text: expected messages with a role and a text as content; "
                 f"fix or remove that row"
             )
-        found.append({"role": ROLES.get(role, role), "content": content})
+        found.append({"role": ROLES.get(role.strip().lower(), role), "content": content})
     if not found:
         raise UserError(f"{where}: column {name!r} is empty or not text; fix or remove that row")
     return found
@@ -258,7 +298,9 @@ def is_text_part(part):
 
 
 def clean(where, name, text, may_be_empty=False):
-    """A text, stripped and with "\n" line ends. Raises UserError where it is none or cannot be written as UTF-8."""
+    """A text, stripped and with "\n" line ends; an object as JSON. Raises UserError if it is none or not UTF-8."""
+    if isinstance(text, dict):
+        text = json.dumps(text, ensure_ascii=False, default=str)
     if not isinstance(text, str) or not (text.strip() or may_be_empty):
         number = " (a number: write it in quotes)" if isinstance(text, (int, float)) else ""
         raise UserError(f"{where}: column {name!r} is empty or not text{number}; fix or remove that row")

@@ -9,6 +9,7 @@ formats/columns.py.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import sys
@@ -42,6 +43,7 @@ SUFFIXES = (".csv", ".jsonl", ".json", ".parquet", ".tsv")  # all but parquet al
 DELIMITERS = ";\t|"  # of a .csv whose header has no comma
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SPLIT_SHARE = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}  # of ten rows of a single file
+ARROW = "what `save_to_disk` wrote; convert each split: datasets.load_from_disk(FOLDER).to_parquet('train.parquet')"
 ROW_LIMIT = 10_000_000
 FILE_LIMIT = 2 << 30  # bytes of a text file, which is read whole
 INFLATION_LIMIT = 100  # times its own size that a parquet file may decompress to; texts reach about 5
@@ -61,17 +63,20 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
     rows = []  # of lists: what one row of the file contains
     empty = 0
     unused = {}  # names in the order of the file
+    without_weight = several = 0
     for file in files:
         for number, row in read_rows(file, delimiter):
             where = f"{file}:{number}"
             layout = columns.find_layout(where, row, names)
-            unused |= dict.fromkeys(name for name in row if name not in layout.used and name != "id")
+            unused |= dict.fromkeys(columns.unused(row, layout))
             if name_or_path in PRESETS and not all(str(row[name] or "").strip() for name in layout.used if name):
                 empty += 1  # XSum has a few, which its user cannot fix
                 continue
             name = row.get("id")
             name = str(number) if name in (None, "") else str(name)
             pairs = columns.pairs_of(where, row, layout)
+            without_weight += not pairs
+            several += columns.has_several_answers(row, layout)
             rows.append([(name, pair.source, pair.target, pair.label) for pair in pairs])
             if len(rows) > ROW_LIMIT:
                 raise UserError(f"{file}: over {ROW_LIMIT} rows; cut it")
@@ -80,9 +85,20 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
     if unused:
         names = ", ".join(repr(str(name))[1:-1] for name in [*unused][:8]) + (", …" if len(unused) > 8 else "")
         print(f"{split}: columns of {name_or_path} that are not used: {names}", file=sys.stderr)
+    if any(re.search(columns.RATINGS, str(name).lower()) for name in unused):
+        print(
+            f"{split}: if one of these rates an output, that does not count: all are learned as good", file=sys.stderr
+        )
+    ends = [name[0] for pair in itertools.chain(*rows) if (name := re.search(r"(</s>|<\|\w+\|>)$", pair[2]))]
+    if ends:
+        print(f"{split}: {len(ends)} outputs end with the text {ends[0]}; remove it: EOS is added", file=sys.stderr)
+    if without_weight:
+        print(f"{split}: skipped {without_weight} rows whose output has weight 0", file=sys.stderr)
+    if several:
+        print(f"{split}: {several} conversations have several answers: the last one is the output", file=sys.stderr)
     if Path(name_or_path).is_file():
         rows = share_of_file(name_or_path, split, rows)
-    if not rows:
+    if not any(rows):
         raise UserError(f"{files[0]}: no rows; expected a header line and data (CSV) or one object a line (JSONL)")
     return [pair for row in rows for pair in row]
 
@@ -154,6 +170,8 @@ def find_split(folder, split):
         if parts and len(files) != int(parts):
             raise UserError(f"{folder}: {len(files)} of {int(parts)} parts of the {split} split; download the others")
         return files
+    if any(folder.glob("*.arrow")) or any(folder.glob("*/*.arrow")):
+        raise UserError(f"{folder}: {ARROW}")
     names = ", ".join(f"{stem}{suffix}" for stem in SPLIT_NAMES[split] for suffix in SUFFIXES)
     raise FileNotFoundError(f"{folder}: no file for the {split} split; expected one of {names}")
 
@@ -170,6 +188,8 @@ def suffix_of(file):
 
 def read_rows(file, delimiter=None):
     """Yield (row number, dict) from a file; of text files the number is the line's. NA and None stay strings."""
+    if file.suffix == ".arrow":
+        raise UserError(f"{file}: {ARROW}")
     if not is_table(file):
         raise UserError(f"{file}: unknown file type; --data reads {', '.join(SUFFIXES)}, and .csv.gz and so on")
     suffix = suffix_of(file)
@@ -192,6 +212,9 @@ def read_rows(file, delimiter=None):
             yield from enumerate(rows, 1)
         else:  # CSV; strict: an unclosed quote would otherwise swallow the rest of the file in silence
             csv.field_size_limit(columns.TEXT_LIMIT)
+            if named := re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE):  # Excel's first line
+                text, delimiter = text[named.end() :], delimiter or named[1]
+                lines.readline()
             delimiter = delimiter or delimiter_of(suffix, text)
             reader = csv.DictReader(lines, strict=True, delimiter=delimiter, skipinitialspace=True)
             header = reader.fieldnames or []
@@ -200,7 +223,7 @@ def read_rows(file, delimiter=None):
                 raise UserError(f"{file}: two columns are called {twice[0]!r}; rename one")
             number = reader.line_num if header else 0
             for row in reader:
-                number = reader.line_num
+                number = reader.line_num + bool(named)
                 if None in row:  # where csv puts the cells for which the header has no name
                     raise UserError(
                         f"{file}:{number}: more cells than the header has; put quotes around text that contains "

@@ -51,6 +51,25 @@ FORMS = {  # a row as other tools write it: what it means as (source, target, la
     "preferences, implicit prompt": (
         {"chosen": [Q, A], "rejected": [Q, BAD]}, [("in", "out", 1), ("in", "bad", 0)]
     ),
+    "preferences, Alpaca": (
+        {"instruction": "Do", "input": "in", "chosen": "out", "rejected": "bad"},
+        [("Do\n\nin", "out", 1), ("Do\n\nin", "bad", 0)],
+    ),
+    "preferences, messages as objects": (
+        {"conversations": [{"from": "human", "value": "in"}], "chosen": {"from": "gpt", "value": "out"},
+         "rejected": {"from": "gpt", "value": "bad"}},
+        [("in", "out", 1), ("in", "bad", 0)],
+    ),
+    "KTO, kto_tag": ({"messages": [Q, BAD], "kto_tag": False}, [("in", "bad", 0)]),
+    "KTO, label beside messages": ({"messages": [Q, BAD], "label": False}, [("in", "bad", 0)]),
+    "KTO, a word": ({"prompt": "in", "completion": "out", "label": "bad"}, [("in", "out", 0)]),
+    "a role with a capital": ({"messages": [{"role": "User", "content": "in"}, A | {"role": "Assistant"}]},
+                              [("in", "out", 1)]),
+    "an object": ({"input": "in", "output": {"a": ["é", 1]}}, [("in", '{"a": ["é", 1]}', 1)]),
+    "a system text in the middle": (
+        {"messages": [{"role": "system", "content": "S"}, Q, {"role": "system", "content": "T"}, Q, A]},
+        [("S\n\nuser: in\nsystem: T\nuser: in", "out", 1)],
+    ),
     "no rejected": ({"prompt": "in", "chosen": "out", "rejected": ""}, [("in", "out", 1)]),
     "several rejected": (
         {"input": "in", "output": "out", "rejected": ["b", "c"]}, [("in", "out", 1), ("in", "b", 0), ("in", "c", 0)]
@@ -72,6 +91,14 @@ def test_a_label_counts_beside_named_columns(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "in", "completion": "out", "response": "x", "label": false}\n')
     rows = data.load(tmp_path, "train", "prompt", "completion")
     assert [(e.source, e.target, e.label) for e in rows] == [("in", "out", 0)]
+
+
+def test_a_written_eos_is_told(tmp_path, capsys):
+    """</s> at the end of an output is text here, of several tokens, which the model would learn to write before EOS."""
+    rows = [{"input": "a", "output": text} for text in ("b</s>", "c <|im_end|>", "d")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(data.load(tmp_path, "train")) == 3
+    assert capsys.readouterr().err == "train: 2 outputs end with the text </s>; remove it: EOS is added\n"
 
 
 def test_tables_written_by_hand_and_by_excel(tmp_path):
@@ -122,7 +149,26 @@ def test_unused_columns_are_named(tmp_path, capsys):
     row = {"id": 1, "system": "s", "instruction": "i", "input": "a", "output": "b", "topic": "t", "score": 1}
     (tmp_path / "train.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     data.load(tmp_path, "train")
-    assert capsys.readouterr().err == f"train: columns of {tmp_path} that are not used: topic, score\n"
+    assert capsys.readouterr().err == (
+        f"train: columns of {tmp_path} that are not used: topic, score\n"
+        "train: if one of these rates an output, that does not count: all are learned as good\n"
+    )
+
+
+def test_what_messages_say_beside_their_text(tmp_path, capsys):
+    """An answer of weight 0 is not to be learned; a field that is left out is named, and so are earlier answers."""
+    rows = [[Q, A | {"weight": 0}], [Q, A | {"weight": 1, "reasoning_content": "Hm."}], [Q, BAD | {"weight": 0}, Q, A]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = data.load(tmp_path, "train")
+    assert [(e.source, e.target) for e in found] == [("in", "out"), ("user: in\nassistant: bad\nuser: in", "out")]
+    assert capsys.readouterr().err == (
+        f"train: columns of {tmp_path} that are not used: messages.reasoning_content\n"
+        "train: skipped 1 rows whose output has weight 0\n"
+        "train: 1 conversations have several answers: the last one is the output\n"
+    )
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": rows[0]}) + "\n")
+    with pytest.raises(ValueError, match="no rows"):
+        data.load(tmp_path, "train")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,6 +232,24 @@ def test_a_header_that_is_one_cell_is_explained(tmp_path):
         data.load(tmp_path, "train", delimiter=",")
     with pytest.raises(ValueError, match=r"train\.csv:2: more cells than the header has; .*contains ';'"):
         data.load(tmp_path, "train")
+
+
+def test_the_first_line_of_excel(tmp_path):
+    """sep=; names the delimiter and is no header; line numbers count it."""
+    (tmp_path / "train.csv").write_text("sep=;\r\ninput;output\r\na, b;c\r\n")
+    assert data.load(tmp_path, "train") == [Example("3", "a, b", "c")]
+    (tmp_path / "train.csv").write_text("sep=;\ninput;output\na;b;c\n")
+    with pytest.raises(ValueError, match=r"train\.csv:3: more cells than the header has"):
+        data.load(tmp_path, "train")
+
+
+def test_what_save_to_disk_wrote_is_named(tmp_path):
+    """Nobody who has such a folder knows what a table for the train split is; the remedy is one command."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff")
+    for path in (tmp_path, tmp_path / "train", tmp_path / "train/data-00000-of-00001.arrow"):
+        with pytest.raises(ValueError, match=r"what `save_to_disk` wrote; convert each split: .*to_parquet"):
+            data.load(path, "train")
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
