@@ -8,14 +8,14 @@ probabilities, advantages, outputs) is gathered, and each rank computes every nu
 of means is taken anywhere, and the update is that of one process but for rounding.
 
 The first rank alone locks, logs, shows and saves; the others write what a stage writes to a folder that is deleted.
-Where one rank fails, the others learn of it at their next exchange, and all end with its exit code.
+If one rank fails, the others notice at their next exchange, and all end with its exit code.
 
 In one process every function here returns at once what it was given. B rows of a batch, T time.
 """
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -25,10 +25,8 @@ from formats.errors import UserError
 from safety.terminal import LostRank, Shown
 
 COMMANDS = ("pretrain", "reward", "mle", "ppo", "eval", "predict")  # those that share their work
-NEEDED = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them
 TIMEOUT = timedelta(minutes=10)  # for which a rank waits for another that is alive and silent
 FAILURE = "lastmile failure"  # the key under which the first rank to fail leaves its code and message
-DONE = "lastmile done"  # the key that says that the first rank has ended what it does alone
 
 
 class World:
@@ -42,43 +40,28 @@ world = World()
 
 
 def first():
-    """Whether this is the rank that writes: of one process, that one."""
+    """Whether this is the rank that writes; the only process of one is."""
     return world.rank == 0
 
 
-def number(environment=os.environ):
-    """How many processes torchrun has started. Raises UserError where only a part of its variables is there."""
-    text = environment.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"WORLD_SIZE={text}: not a number of processes; start by torchrun, or unset WORLD_SIZE")
-    missing = [name for name in NEEDED if not environment.get(name)]
-    if int(text) > 1 and missing:
-        raise UserError(
-            f"WORLD_SIZE={text}, but {', '.join(missing)} not set; start by torchrun --nproc-per-node {text} "
-            f"lastmile.py …, or unset WORLD_SIZE"
-        )
-    return int(text)
-
-
 def start(command, settings):
-    """Meet the other ranks, if there are any, and check that all were given the same settings (a dict)."""
+    """Meet the other ranks, if torchrun has started some, and check that all have the same settings (a dict)."""
     world.started = time.monotonic()
-    size = number()
+    size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
     if size == 1:
         return
     world.rank, world.size = int(os.environ["RANK"]), size
     Shown.anything = first()
-    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if command not in COMMANDS:
         raise UserError(f"{command} runs in one process; start it without torchrun")
-    on_gpu = settings["device"] == "cuda"
+    on_gpu, here = settings["device"] == "cuda", int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on a machine of {torch.cuda.device_count()} GPUs; use --nproc-per-node "
             f"{torch.cuda.device_count()}, or --device cpu"
         )
     if on_gpu:
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with exchange():
         world.store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -94,13 +77,39 @@ def finish():
     Shown.anything = True
 
 
+@contextmanager
+def exchange():
+    """Around everything that waits for other ranks."""
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        raise LostRank(str(error)) from error
+
+
+def failure(code, message):
+    """(exit code, message) of this rank: those of the rank that failed first, the message on the first rank alone.
+
+    code: of this rank; None if it only lost the others.
+    """
+    if world.store is None:
+        return code, message if first() else None
+    with suppress(RuntimeError, dist.DistError):  # another rank ended without a word
+        if code is not None:
+            said = message if first() else f"rank {world.rank}: {message}"
+            world.store.compare_set(FAILURE, "", f"{code} {said}")
+        world.store.wait([FAILURE], timedelta(seconds=2))
+        code, message = world.store.get(FAILURE).decode().split(" ", 1)
+    return int(code or 1), message if first() else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A batch, split over the ranks and put together again
 
 
-def bounds(rows):
-    """(from, to) of this rank's share of a number of rows; the shares differ by one at most."""
-    return rows * world.rank // world.size, rows * (world.rank + 1) // world.size
+def bounds(rows, rank=None):
+    """(from, to) of a rank's share of a number of rows, by default this one's; the shares differ by one at most."""
+    rank = world.rank if rank is None else rank
+    return rows * rank // world.size, rows * (rank + 1) // world.size
 
 
 def share(batch):
@@ -124,8 +133,8 @@ def whole(x, rows):
     found = [torch.empty_like(mine) for _ in range(world.size)]
     with exchange():
         dist.all_gather(found, mine)
-    sizes = [rows * (r + 1) // world.size - rows * r // world.size for r in range(world.size)]
-    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+    ends = [bounds(rows, rank) for rank in range(world.size)]
+    return torch.cat([part[: end - start] for part, (start, end) in zip(found, ends, strict=True)])
 
 
 def sharded(sample, uniform=None):
@@ -144,7 +153,7 @@ def sharded(sample, uniform=None):
 
 
 def total(x, counts=1):
-    """The sum over all ranks of a tensor; counts: 0 where a rank's own counts nothing, see `share`."""
+    """The sum over all ranks of a tensor; counts: 0 if this rank's own counts nothing, see `share`."""
     if world.size == 1:
         return x
     summed = x * counts
@@ -186,11 +195,10 @@ def gather(thing):
 
 def from_first(thing):
     """The first rank's thing, on every rank."""
-    if world.size == 1:
-        return thing
     found = [thing]
-    with exchange():
-        dist.broadcast_object_list(found, src=0)
+    if world.size > 1:
+        with exchange():
+            dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
@@ -206,56 +214,22 @@ def wait():
 
 def first_alone(work):
     """Call work() on the first rank; the others wait for as long as it takes, which may be longer than TIMEOUT."""
+    if world.size == 1:
+        return work()
+    with exchange():
+        group = dist.new_group(timeout=timedelta(days=30), backend="gloo")
     if first():
         work()
-    if world.size == 1:
-        return
     with exchange():
-        if first():
-            world.store.set(DONE, "")
-        while not world.store.check([DONE]):
-            if world.store.check([FAILURE]):
-                raise LostRank("the first rank failed")
-            time.sleep(0.2)
+        dist.barrier(group)
 
 
 def agree(facts):
     """Raise UserError, on all ranks, unless the dict is the same on all; it names what differs."""
-    for r, other in enumerate(gather(facts)):
+    for rank, other in enumerate(gather(facts)):
         differs = [name for name in facts | other if facts.get(name) != other.get(name)]
         if differs:
             raise UserError(
-                f"rank {r} differs from rank {world.rank} in {', '.join(differs)}; give all ranks the same flags and "
-                f"the same files"
+                f"rank {rank} differs from rank {world.rank} in {', '.join(differs)}; give all ranks the same flags "
+                f"and the same files"
             )
-
-
-@contextmanager
-def exchange():
-    """Around everything that waits for other ranks."""
-    try:
-        yield
-    except (RuntimeError, dist.DistError) as error:
-        raise LostRank(str(error)) from error
-
-
-def failure(code, message):
-    """(code, message) that all ranks end with: those of the rank that failed first; no message where it is not ours.
-
-    code, message: of this rank; code None where it only lost the others.
-    """
-    if world.size == 1 or world.store is None:
-        return code, message if first() else None
-    try:
-        if code is not None:
-            world.store.compare_set(FAILURE, "", f"{code} {world.rank} {message}")
-        else:
-            world.store.wait([FAILURE], timedelta(seconds=2))
-        found = world.store.get(FAILURE).decode()
-    except (RuntimeError, dist.DistError):  # the rank that keeps the store has ended, or none left a word
-        code = 1 if code is None else code
-        return code, f"rank {world.rank}: {message}"
-    code, rank, message = found.split(" ", 2)
-    if not first():
-        return int(code), None
-    return int(code), message if rank == "0" else f"rank {rank}: {message}"

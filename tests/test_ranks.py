@@ -56,6 +56,7 @@ class Ranks:
             env = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RUN_ID": "test",
                 "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
             }  # fmt: skip
             self.processes.append(
@@ -269,13 +270,11 @@ def test_ranks_that_differ_are_refused(run_folder, tmp_path):
     assert not list(tmp_path.glob("**/mle"))
 
 
-def test_a_part_of_torchrun_s_variables_is_refused():
-    """WORLD_SIZE alone, as a scheduler may set it, would hang a process that waits for others: one line instead."""
-    with pytest.raises(UserError, match="WORLD_SIZE=4, but RANK, LOCAL_RANK.*torchrun --nproc-per-node 4"):
-        ranks.number({"WORLD_SIZE": "4"})
-    with pytest.raises(UserError, match="not a number"):
-        ranks.number({"WORLD_SIZE": "many"})
-    assert ranks.number({}) == ranks.number({"WORLD_SIZE": "1"}) == 1
+def test_a_scheduler_s_variables_start_no_ranks(monkeypatch):
+    """WORLD_SIZE alone, as a scheduler may set it, starts nothing: torchrun's own mark counts."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    ranks.start("mle", {"device": "cpu"})
+    assert ranks.world.size == 1 and ranks.first()
 
 
 @pytest.mark.parametrize(
@@ -284,10 +283,9 @@ def test_a_part_of_torchrun_s_variables_is_refused():
 )
 def test_what_ranks_cannot_do_is_refused(monkeypatch, command, device, message):
     """A command that shares no work, and more processes than GPUs, are refused before anything waits."""
-    for name, value in dict.fromkeys(ranks.NEEDED, "1").items():
+    variables = {"TORCHELASTIC_RUN_ID": "1", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     try:
         with pytest.raises(UserError, match=message):
