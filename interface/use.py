@@ -1,5 +1,7 @@
 """The commands that use what was trained: sample, predict and merge."""
 
+import sys
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -7,9 +9,9 @@ import torch.nn as nn
 
 import data
 import model
+from formats.columns import encodable, strip
 from formats.errors import UserError
 from formats.tables import read_inputs
-from interface import chat
 from interface.folders import stage_folder
 from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
 from interface.outputs import save_model, write_card
@@ -17,13 +19,14 @@ from interface.plan import end_dry_run
 from interface.predictions import Predictions, row_uniform
 from lora import lora_layers
 from safety import ranks
-from safety.terminal import progress, say
+from safety.terminal import progress, say, visible
 
 
 def answer(settings, text):
-    """Print the outputs for one input; in a terminal, where none is given, for each that is typed."""
+    """Print the outputs for one input; on a terminal, if none is given, for each that is typed."""
     s = settings
-    text = chat.given_text(text)
+    typed = text is None and sys.stdin is not None and sys.stdin.isatty()
+    text = None if typed else given_text(text)
     llama, tokenizer = open_base(s)
     adapters = load_listed(s, llama, s.adapter)
     limit = context_left(s, llama)
@@ -33,20 +36,77 @@ def answer(settings, text):
     def answer_one(text):
         prompt = tokenizer.prompts([text])[0]
         if len(prompt) > limit:
-            raise UserError(
-                f"{len(prompt)} tokens of text and template and {s.max_new_tokens} new ones, but the model reads "
-                f"{llama.config.max_position_embeddings}; shorten the text, or lower --max-new-tokens"
-            )
+            raise UserError(f"{len(prompt)} tokens of text and template, but the limit is {limit}; shorten the text, "
+                            f"or lower --max-new-tokens")  # fmt: skip
         for name, adapter in adapters.items():
-            output = chat.Output(tokenizer.decode, label=f"{name}: " if len(adapters) > 1 else "")
+            print(visible(f"{name}: ") if len(adapters) > 1 else "", end="", flush=True)
+            show = printer(tokenizer.decode)
             sampling = (s.max_new_tokens, s.temperature, rngs[name], s.top_k, s.top_p)
-            response = model.sample(llama, [prompt], adapter, *sampling, each=output.add)
-            output.end(response[0])
+            model.sample(llama, [prompt], adapter, *sampling, each=show)
+            show()
 
-    if text is None:
-        chat.converse(answer_one)
+    if typed:
+        converse(answer_one)
     else:
         answer_one(text)
+
+
+def given_text(text):
+    """The text of the command line, or of a pipe or file on standard input."""
+    try:
+        text = strip(text if text is not None else sys.stdin.read())
+    except (AttributeError, UnicodeDecodeError):  # no standard input at all, or bytes
+        text = ""
+    if not text or not encodable(text):
+        raise UserError("no text to summarize, or not UTF-8; give it as an argument or on standard input")
+    return text
+
+
+def converse(answer):
+    """Call `answer` with each text typed on the terminal, until Ctrl-D. Ctrl-C ends an output.
+
+    Every text is an input of its own: lastmile's models answer one input, and remember none.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  a line may then be edited, and have more than the terminal's 4096 characters
+    say("Type or paste a text, then an empty line; Ctrl-D ends.", file=sys.stderr)
+    for text in iter(read_text, ""):
+        try:
+            answer(given_text(text))
+        except UserError as error:
+            say(f"lastmile.py: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            say("")
+
+
+def read_text():
+    """The lines up to an empty one, as one text; "" at the end of the input, or if the terminal is gone."""
+    lines = []
+    with suppress(EOFError, OSError, UnicodeDecodeError):
+        while not lines or lines[-1].strip():
+            lines.append(input("> " if sys.stdout.isatty() else ""))  # a file of outputs stays one
+            if not strip(lines[0]):
+                lines.clear()
+    return strip("\n".join(lines))
+
+
+def printer(decode):
+    """A function that prints what each next token, (1,), adds to the text; without a token, the end of the text.
+
+    A part of a character waits for the rest of it. decode: list of ids -> text.
+    """
+    ids = []
+    shown = 0  # characters
+
+    def show(token=None):
+        nonlocal shown
+        if token is not None:
+            ids.append(token.item())
+        text = decode(ids) if token is None else decode(ids).rstrip("\ufffd")
+        print(visible(text[shown:]), end="\n" if token is None else "", flush=True)
+        shown = max(shown, len(text))
+
+    return show
 
 
 def predict(settings):
@@ -67,8 +127,6 @@ def predict(settings):
         texts = [tokenizer.decode(response) for response in responses]
         if ranks.first():
             file.append(rows, dict(zip(short, texts, strict=True)))
-    if file:
-        file.close()
     long = sum(len(prompt) > limit for prompt in prompts)
     written = f"{len(inputs)} rows in {file.path}" if file else ""
     say(f"predict: {written}, {long} of them over {limit} tokens and without an output")
@@ -91,7 +149,7 @@ def merge(settings):
 def merge_adapter(llama, adapter, dtype=torch.float16):
     """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
 
-    Raises UserError where a weight does not fit the dtype.
+    Raises UserError if a weight does not fit the dtype.
     """
     for path, layer in lora_layers(llama):
         base = layer.base

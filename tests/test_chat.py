@@ -16,8 +16,7 @@ import torch
 
 import lastmile
 import model
-from interface import chat
-from interface.chat import Output, read_text
+from interface.use import converse, printer, read_text
 
 TEXT = "Amy: Shall we go?\nBen: Yes, at six!"
 
@@ -174,7 +173,7 @@ def test_ctrl_c_ends_an_output_only(monkeypatch, capsys):
         if text == "a":
             raise KeyboardInterrupt
 
-    chat.converse(answer)
+    converse(answer)
     assert answered == ["a", "b"]
 
 
@@ -183,19 +182,19 @@ def test_parts_of_a_character_wait(capsys):
     sent to the terminal.
     """
     encoded = "a😀\x1b[2J".encode()
-    output = Output(lambda ids: bytes(ids).decode("utf-8", "replace"), "base: ")
+    show = printer(lambda ids: bytes(ids).decode("utf-8", "replace"))
     steps = []
     for byte in encoded:
-        output.add(torch.tensor([byte]))
+        show(torch.tensor([byte]))
         steps.append(capsys.readouterr().out)
-    output.end(list(encoded))
-    assert steps == ["base: a", "", "", "", "😀", "\\x1b", "[", "2", "J"]
+    show()
+    assert steps == ["a", "", "", "", "😀", "\\x1b", "[", "2", "J"]
     assert capsys.readouterr().out == "\n"
 
 
 @pytest.mark.parametrize(
     ("typed", "text"),
-    [(["", " ", "a", "b", ""], "a\nb"), (["a", EOFError], "a"), ([EOFError], None), (["a", OSError], "a")],
+    [(["", " ", "a", "b", ""], "a\nb"), (["a", EOFError], "a"), ([EOFError], ""), (["a", OSError], "a")],
 )
 def test_texts_end_with_an_empty_line(monkeypatch, typed, text):
     """Empty lines before a text are skipped; what was typed before Ctrl-D, or before the terminal closed, counts."""
