@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from interface.settings import Common, opt
+from interface.settings import Common, free, opt
 from interface.training_settings import Mle, Ppo, Pretrain, Quantize, Reward
 
 
@@ -14,10 +14,9 @@ class Eval(Common):
     batch_size: int = opt(32, "rows a sampling batch", least=1)
     test_examples: int = opt(0, "random subset of the test examples; 0: all, of xsum 3,000 (P 4.2)", least=0)
     rouge_tokenizer: str = opt(
-        "auto",
-        "words that ROUGE and lengths count: ascii (the paper's), unicode, or auto: by the letters of the references",
+        "auto", "words that ROUGE and lengths count: ascii is the paper's; auto: by the letters of the references",
         choices=("auto", "ascii", "unicode"),
-    )
+    )  # fmt: skip
     bleurt: str = opt("lucadiliello/BLEURT-20", "BLEURT checkpoint, a folder or an id to download, or none", toy="none")
 
 
@@ -26,10 +25,9 @@ class Tables(Common):
     """the paper's Tables 1 and 2, ours beside the paper's"""
 
     beside: str = opt(
-        "auto",
-        "numbers of the paper to show beside ours; auto: those of the same data (for the toy SAMSum's), else none",
+        "auto", "numbers of the paper to show beside ours; auto: of the same data (toy: SAMSum's), or none",
         choices=("auto", "none", "samsum", "xsum"),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,10 @@ class Sample(Common):
 
 @dataclass(frozen=True)
 class Predict(Sample):
-    """outputs for a file of inputs, a line each, continued where it was stopped"""
+    """outputs for a file of inputs, a line each, continued after a stop"""
 
-    input: str = opt("", "file of inputs, in any format that --data reads; a target column is not needed", result=False)
-    output: str = opt("", "file of outputs, .jsonl [<output-dir>/predict/<input>.jsonl]", result=False)
+    input: str = free("", "file of inputs, in any format that --data reads; a target column is not needed")
+    output: str = free("", "file of outputs, .jsonl [<output-dir>/predict/<input>.jsonl]")
     batch_size: int = opt(16, "rows a sampling batch", least=1)
 
 
@@ -76,7 +74,7 @@ class Merge(Common):
 
     dtype: str = opt("float16", "dtype of the merged weights", choices=("float16", "bfloat16", "float32"))
     adapter: str = opt("policy", "adapter to merge into the base: mle, policy, or a folder")
-    push: str = opt("", "OWNER/NAME: upload the result to the Hugging Face Hub, as a private model", result=False)
+    push: str = free("", "OWNER/NAME: upload the result to the Hugging Face Hub, as a private model")
 
 
 COMMANDS = {

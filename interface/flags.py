@@ -35,18 +35,15 @@ def out_of_range(field, value):
         return f"not one of {', '.join(limits['choices'])}"
     if field.type in (str, bool):
         return "text that contains a NUL" if "\0" in str(value) else ""
-    inside = -LARGEST <= value <= LARGEST  # not so for nan
-    wanted = [] if inside else [f"between {-LARGEST} and {LARGEST}"]
-    if limits["least"] is not None:
-        wanted.append(f"at least {limits['least']}")
-        inside = inside and value >= limits["least"]
-    if limits["above"] is not None:
-        wanted.append(f"above {limits['above']}")
-        inside = inside and value > limits["above"]
-    if limits["most"] is not None:
-        wanted.append(f"at most {limits['most']}")
-        inside = inside and value <= limits["most"]
-    return "" if inside else f"out of range: must be {' and '.join(wanted)}"
+    least, above, most = limits["least"], limits["above"], limits["most"]
+    rules = {  # each is false for nan
+        f"between {-LARGEST} and {LARGEST}": -LARGEST <= value <= LARGEST,
+        f"at least {least}": least is None or value >= least,
+        f"above {above}": above is None or value > above,
+        f"at most {most}": most is None or value <= most,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    return f"out of range: must be {' and '.join(broken)}" if broken else ""
 
 
 def converter(field):
@@ -54,8 +51,7 @@ def converter(field):
 
     def convert(text):
         value = field.type(text)
-        problem = out_of_range(field, value)
-        if problem:
+        if problem := out_of_range(field, value):
             raise argparse.ArgumentTypeError(f"{text} is {problem}")
         return value
 
@@ -65,23 +61,23 @@ def converter(field):
 
 def help_text(field):
     """A flag's help with its choices and its default."""
-    text = field.metadata["help"]
-    if field.metadata["choices"]:
-        text += f" {{{','.join(field.metadata['choices'])}}}"
+    limits, text = field.metadata, field.metadata["help"]
+    if limits["choices"]:
+        text += f" {{{','.join(limits['choices'])}}}"
     if field.default != "":
-        toy = field.metadata["toy"]
-        text += f" [{field.default}]" if toy is None else f" [{field.default}; toy: {toy}]"
+        text += f" [{field.default}]" if limits["toy"] is None else f" [{field.default}; toy: {limits['toy']}]"
     return text.replace("%", "%%")
 
 
 def add_flag(parser, field):
     """Add the flag of a setting to a command's parser."""
     if field.name == "resume":
-        parser.add_argument(flag(field.name), nargs="?", const="auto", help=help_text(field), metavar="PATH")
+        how = {"nargs": "?", "const": "auto", "metavar": "PATH"}
     elif field.type is bool:
-        parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=help_text(field))
+        how = {"action": argparse.BooleanOptionalAction}
     else:
-        parser.add_argument(flag(field.name), type=converter(field), help=help_text(field), metavar="X")
+        how = {"type": converter(field), "metavar": "X"}
+    parser.add_argument(flag(field.name), help=help_text(field), **how)
 
 
 def dashed(argument):
@@ -91,17 +87,12 @@ def dashed(argument):
 
 
 def parse(arguments, description=None):
-    """(command, {setting: value}, text) of a command line, as given. Exits with code 2 where a flag is wrong."""
+    """(command, {setting: value}, text) of a command line, as given. Exits with code 2 if a flag is wrong."""
     parser = Parser(prog="lastmile.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, settings in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=settings.__doc__,
-            description=settings.__doc__,
-            allow_abbrev=False,
-            argument_default=argparse.SUPPRESS,
-        )
+        about = {"help": settings.__doc__, "description": settings.__doc__}
+        command = commands.add_parser(name, **about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         if name == "sample":
             command.add_argument("text", nargs="?", help="the text [standard input]")
         for field in fields(settings):

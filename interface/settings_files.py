@@ -16,17 +16,17 @@ def read_settings(file, command, between=()):
     In TOML, keys before the first table are for every command that has such a setting, those in [ppo] for ppo only.
     between: settings that override the former and are overridden by the latter.
     """
-    tables = split_tables(read_raw(file))
+    raw = read_raw(file)
     known = {name: {f.name: f for f in fields(settings)} for name, settings in COMMANDS.items()}
-    known[""] = {}
-    for fields_of_command in known.values():
-        known[""] = known[""] | fields_of_command
-    found = {}
-    for table, values in tables.items():
+    everywhere = {}
+    for of_command in known.values():
+        everywhere |= of_command
+    shared = {name: value for name, value in raw.items() if not isinstance(value, dict)}
+    found = {"": check_table(shared, everywhere, f"{file}:")}
+    for table in raw.keys() - shared.keys():
         if table not in known:
             raise UserError(f"{file}: no command [{table}]; tables are named {', '.join(COMMANDS)}")
-        place = f"{file}: [{table}]" if table else f"{file}:"
-        found[table] = check_table(values, known[table], place)
+        found[table] = check_table(raw[table], known[table], f"{file}: [{table}]")
     shared = {name: value for name, value in found[""].items() if name in known[command]}
     return shared | dict(between) | found.get(command, {})
 
@@ -47,17 +47,6 @@ def read_raw(file):
     return raw
 
 
-def split_tables(raw):
-    """{command: its keys}, the keys outside of any table under ""."""
-    tables = {"": {}}
-    for name, value in raw.items():
-        if isinstance(value, dict):
-            tables[name] = value
-        else:
-            tables[""][name] = value
-    return tables
-
-
 def check_table(values, known, place):
     """{setting: value} of one table. Raises UserError for an unknown key, a wrong type or a value out of range."""
     found = {}
@@ -69,11 +58,10 @@ def check_table(values, known, place):
         if name in found:
             raise UserError(f"{place} {key}: given twice, with a dash and with an underscore; remove one")
         if field.type is float and type(value) is int:
-            value = float(str(value))  # inf, and so out of range, where it is too large
+            value = float(str(value))  # inf, and so out of range, if it is too large
         if type(value) is not field.type:
             raise UserError(f"{place} {key}: {value!r} is not of type {field.type.__name__}")
-        problem = out_of_range(field, value)
-        if problem:
+        if problem := out_of_range(field, value):
             raise UserError(f"{place} {key}: {value!r} is {problem}")
         found[name] = value
     return found
