@@ -71,8 +71,7 @@ from interface.inputs import (
 )
 from interface.outputs import save_model, save_trained
 from interface.plan import end_dry_run
-from interface.predictions import continued, depends_on
-from interface.reward_report import reward_report
+from interface.predictions import continued, facts_of_outputs
 from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
@@ -304,7 +303,7 @@ def train_reward(settings):
             depends_on=depends_on | adapter_hashes(settings, names), bar=["loss", "positive", "negative"],
             validate=validation.of_reward(settings, llama, heldout),
         )  # fmt: skip
-        write_json(folder / "heldout.json", reward_report(settings, llama, heldout))
+        write_json(folder / "heldout.json", validation.reward_report(settings, llama, heldout))
         save_trained(settings, llama, tokenizer, "reward", folder)
 
 
@@ -553,7 +552,7 @@ def evaluate(settings):
         predictions = {}
         inputs = [(row.id, row.source) for row in rows]
         for name, adapter in adapters.items():
-            facts = depends_on(settings, inputs, llama, tokenizer, name)
+            facts = facts_of_outputs(settings, inputs, llama, tokenizer, name)
             sampler = ranks.sharded(partial(greedy, adapter=adapter))
             sampler = continued(sampler, folder / "checkpoints" / f"{name}.jsonl", facts)
             bar = progress(f"eval {name}")

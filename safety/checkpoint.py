@@ -57,7 +57,7 @@ def write_checkpoint(place, tensors, facts):
 
 
 def read_checkpoint(place):
-    """(tensors, facts) of a checkpoint. Raises UserError with the reason where it is damaged or too new."""
+    """(tensors, facts) of a checkpoint. Raises UserError with the reason if it is damaged or too new."""
     try:
         manifest = json.loads((place / "manifest.json").read_text())
         if manifest["version"] > VERSION:
@@ -120,9 +120,8 @@ def model_hash(folder):
 
 def adapter_hash(folder):
     """SHA-256 of an adapter folder, or of the whole model that --tune full makes in its place."""
-    if is_model(folder):
-        return model_hash(folder)
-    return digest(folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    names = "adapter_model.safetensors", "adapter_config.json"
+    return model_hash(folder) if is_model(folder) else digest(*(folder / name for name in names))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def state_of(optimizer):
 
 
 def restore_state(optimizer, tensors):
-    """Load what `state_of` returned. Raises UserError where the tensors belong to another model or are invalid."""
+    """Load what `state_of` returned. Raises UserError if the tensors belong to another model or are invalid."""
     check_state(optimizer, tensors)
     state = {}
     for name, tensor in tensors.items():

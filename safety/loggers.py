@@ -8,13 +8,9 @@ from safety.files import clear
 
 
 def open_loggers(settings, stage):
-    """[(write(step, numbers), close), …] for the services that --report-to names."""
-    loggers = []
-    if "tensorboard" in settings.report_to:
-        loggers.append(open_tensorboard(settings, stage))
-    if "wandb" in settings.report_to:
-        loggers.append(open_wandb(settings, stage))
-    return loggers
+    """[(write(numbers, step), close), …] for the services that --report-to names."""
+    services = {"tensorboard": open_tensorboard, "wandb": open_wandb}
+    return [services[name](settings, stage) for name in settings.report_to.split(",") if name]
 
 
 def open_tensorboard(settings, stage):
@@ -26,7 +22,7 @@ def open_tensorboard(settings, stage):
         clear(folder)
     writer = SummaryWriter(folder)
 
-    def write(step, numbers):
+    def write(numbers, step):
         for name, x in numbers.items():
             writer.add_scalar(name, x, step)
 
@@ -42,8 +38,4 @@ def open_wandb(settings, stage):
         run = wandb.init(project="lastmile", name=f"{folder.name} {stage}", dir=folder, config=asdict(settings))
     except wandb.Error as error:
         raise UserError(f"--report-to wandb: {error}; run wandb login, or set WANDB_MODE=offline") from None
-
-    def write(step, numbers):
-        run.log(numbers, step=step)
-
-    return write, run.finish
+    return run.log, run.finish

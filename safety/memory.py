@@ -11,12 +11,9 @@ GROWTH = 1.2  # of the process, over what a step needs, until its free memory go
 
 
 def resident_memory():
-    """Bytes of physical memory that this process holds now; 0 where the system has no /proc (macOS)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * resource.getpagesize()
+    """Bytes of physical memory that this process holds now; 0 if the system has no /proc (macOS)."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def peak_memory(device):
@@ -28,7 +25,7 @@ def peak_memory(device):
 
 
 def return_free_memory():
-    """Give the heap's free pages back to the system; does nothing where the C library is not glibc."""
+    """Give the heap's free pages back to the system; does nothing if the C library is not glibc."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

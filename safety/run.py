@@ -11,8 +11,6 @@ A signal (Ctrl-C, SIGTERM) or --max-time ends the run after the step it is in: i
 """
 
 import errno
-import itertools
-import json
 import math
 import os
 import shutil
@@ -22,7 +20,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 import tqdm
 
 from formats.errors import UserError
@@ -38,14 +35,15 @@ from safety.checkpoint import (
     write_checkpoint,
 )
 from safety.files import clear, write_json
+from safety.lines import Lines
 from safety.loggers import open_loggers
 from safety.memory import FreeMemory, peak_memory
-from safety.terminal import Stopped, say
+from safety.terminal import Stopped, say, warn
 from safety.validation import BEST
 
 
 class Run:
-    """The state of one training; see the top of this file. Its `first` step is 0, or where a checkpoint was saved.
+    """The state of one training; see the top of this file. Its `first` step is 0, or the step of a checkpoint.
 
     rows: list of Datum. steps: how many there will be. base: the model's folder, or None. depends_on: {name: hash} of
     what else changes the result. bar: names of the metrics that the progress bar shows. validate: see
@@ -80,22 +78,18 @@ class Run:
     # Resume
 
     def restore(self):
-        """Load the checkpoint that --resume names. Returns the number of steps already done."""
-        if not self.settings.resume:
+        """Load the checkpoint that --resume names, or the latest valid one. Returns how many steps are done."""
+        resume = self.settings.resume
+        if not resume:
             clear(self.folder / "checkpoints")
             return 0
-        if self.settings.resume != "auto":
-            place = Path(self.settings.resume).resolve()
-            try:
-                tensors, facts = read_checkpoint(place)
-            except UserError as error:
-                raise UserError(f"{error}; name another checkpoint, or use --resume auto") from None
-            return self.continue_from(place, tensors, facts)
-        places = checkpoints(self.folder)
+        places = checkpoints(self.folder) if resume == "auto" else [Path(resume).resolve()]
         for place in reversed(places):
             try:
                 tensors, facts = read_checkpoint(place)
             except UserError as error:
+                if resume != "auto":
+                    raise UserError(f"{error}; name another checkpoint, or use --resume auto") from None
                 say(f"lastmile.py: {error}; trying the one before", file=sys.stderr)
                 continue
             return self.continue_from(place, tensors, facts)
@@ -141,11 +135,11 @@ class Run:
 
     def __enter__(self):
         """Open the log and catch signals."""
-        log = self.folder / "metrics.jsonl"
-        self.file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        self.unwritten = b""
-        cut_log(log, self.first)
-        cut_log(self.folder / "validation.jsonl", self.first + 1)  # that of the checkpoint's step belongs to it
+        self.metrics = Lines(self.folder / "metrics.jsonl", lambda row: row["step"] < self.first)
+        self.logs = [self.metrics]
+        if self.validate:  # that of the checkpoint's step belongs to it
+            self.validations = Lines(self.folder / "validation.jsonl", lambda row: row["step"] <= self.first)
+            self.logs.append(self.validations)
         clear(self.folder / "bad_batch.json")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.monotonic()
@@ -158,9 +152,7 @@ class Run:
     def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        os.close(self.file)
-        self.bar.close()
-        for _, close in self.loggers:
+        for close in (*[lines.close for lines in self.logs], self.bar.close, *[close for _, close in self.loggers]):
             with suppress(OSError):
                 close()
         if kind is FloatingPointError:
@@ -176,18 +168,16 @@ class Run:
             raise Stopped(self.stop)
 
     def say_cost(self):
-        """Print what this process did for the run, and what a whole epoch would take where --max-steps cuts it."""
-        seconds = time.monotonic() - self.started
-        done = self.step + 1 - self.first
+        """Print what this process did for the run, and what a whole epoch would take if --max-steps cuts it."""
+        done, minutes, cost = self.step + 1 - self.first, (time.monotonic() - self.started) / 60, self.cost()
         if done < 1:
             return
-        epoch = math.ceil(len(self.rows) / self.settings.batch_size)
-        whole = ""
+        epoch, whole = math.ceil(len(self.rows) / self.settings.batch_size), ""
         if 0 < self.settings.max_steps < epoch:
-            whole = f"; an epoch has {epoch} steps: about {seconds / done * epoch / 60:.1f} minutes"
+            whole = f"; an epoch has {epoch} steps: about {minutes / done * epoch:.1f} minutes"
         say(
-            f"{self.stage}: {done} steps, {self.tokens} tokens, {self.tokens / seconds:.0f} tokens/s, "
-            f"{seconds / 60:.1f} minutes, peak memory {peak_memory(self.settings.device) / 1e9:.2f} GB{whole}"
+            f"{self.stage}: {done} steps, {self.tokens} tokens, {cost['tokens_per_second']:.0f} tokens/s, "
+            f"{minutes:.1f} minutes, peak memory {cost['peak_memory_gb']:.2f} GB{whole}"
         )
 
     def cost(self):
@@ -219,11 +209,11 @@ class Run:
     def validate_now(self, done):
         """Validate after `done` steps: log the numbers, and remember the parameters if they are the best so far."""
         self.validated = self.validate()
-        line = {"step": done} | self.validated
-        with open(self.folder / "validation.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.validations.add({"step": done} | self.validated)
+        with suppress(OSError):  # a full disk: `save` reports it
+            self.validations.flush()
         for write, _ in self.loggers:
-            write(done, self.validated)
+            write(self.validated, done)
         if self.keeps_best:
             name, choose = BEST[self.stage]
             value = self.validated[name]
@@ -231,7 +221,7 @@ class Run:
                 self.best = value, done, [p.detach().clone() for p in self.optimizer.parameters]
 
     def end_step(self):
-        """Validate and save when it is time; raise Stopped where a signal or --max-time asks for it."""
+        """Validate and save when it is time; raise Stopped if a signal or --max-time asks for it."""
         done, steps = self.step + 1, self.steps
         self.bar.update()
         if self.validate and (done % self.settings.eval_every == 0 or done == steps):
@@ -239,13 +229,13 @@ class Run:
         if 0 < self.settings.max_time * 60 < time.monotonic() - ranks.world.started:
             self.stop = self.stop or signal.SIGTERM
         stop = ranks.most(self.stop)
-        if stop:  # 0 is not stored: it would erase a signal that came during the exchange, and counts at the next step
+        if stop:  # do not store 0: a signal may have arrived meanwhile; the next step handles it
             self.stop = stop
         must = done == steps or bool(stop)
         if ranks.first() and (must or done % self.settings.save_every == 0):
             self.save(done, must)
         if must:
-            ranks.wait()  # where the first rank could not save, all end as it does
+            ranks.wait()  # if the first rank could not save, all end as it does
         if stop:
             raise Stopped(stop)
         self.free_memory.end_step()
@@ -254,8 +244,8 @@ class Run:
         """Write a checkpoint and delete the oldest. A full disk is an error only if there is no next attempt (must)."""
         place = self.folder / "checkpoints" / f"step-{done:08}"
         try:
-            self.flush()
-            os.fsync(self.file)
+            for lines in self.logs:
+                lines.sync()
             tensors, facts = state_of(self.optimizer), self.facts | {"step": done}
             if self.best:
                 facts["best"] = self.best[:2]
@@ -264,11 +254,7 @@ class Run:
         except OSError as error:
             if must:
                 raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
-            say(
-                f"\nlastmile.py: {place}: not saved ({error.strerror}); the run continues, older checkpoints remain",
-                file=sys.stderr,
-            )
-            return
+            return warn(f"{place}: not saved ({error.strerror}); the run continues, older checkpoints remain")
         saved = checkpoints(self.folder)
         earlier = [old for old in saved if old <= place]  # later ones: damaged, or of a run that was taken back
         recent = earlier[-self.settings.keep_checkpoints :]
@@ -281,27 +267,20 @@ class Run:
         tokens = (batch.prompt_len.sum() + batch.mask.sum()).item()  # without padding
         self.tokens += tokens
         numbers["padding"] = round(1 - tokens / batch.tokens.numel(), 4)
-        self.unwritten += json.dumps({"step": step} | numbers).encode() + b"\n"
+        self.metrics.add({"step": step} | numbers)
         with suppress(OSError):  # a full disk: the lines wait for the next call, and `save` reports it
-            self.flush()
+            self.metrics.flush()
             for write, _ in self.loggers:  # the log itself is the same in every run, and has no clock
-                write(step, {name: float(x) for name, x in (numbers | self.cost()).items() if x is not None})
+                write({name: float(x) for name, x in (numbers | self.cost()).items() if x is not None}, step)
         if step % self.settings.log_every == 0:
             self.show(numbers)
-
-    def flush(self):
-        """Write the lines that are still waiting."""
-        while self.unwritten:
-            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
 
     def show(self, numbers):
         """Update the progress bar."""
         shown = {name: f"{numbers[name]:.3g}" for name in self.bar_columns if numbers[name] is not None}
         shown |= {name: f"{value:.3g}" for name, value in self.validated.items() if "auc" not in name}
-        shown["tok/s"] = f"{self.cost()['tokens_per_second']:.0f}"
-        if self.settings.device == "cuda":
-            shown["GB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
-        self.bar.set_postfix(shown)
+        speed, memory = self.cost().values()
+        self.bar.set_postfix(shown | {"tok/s": f"{speed:.0f}", "GB": f"{memory:.1f}"})
 
 
 def changes(then, now):
@@ -312,20 +291,3 @@ def changes(then, now):
         if before != after:
             changed.append(f"{name} ({before} then, {after} now)" if name.startswith("--") else name)
     return changed
-
-
-def cut_log(file, step):
-    """Cut a log before its first line of `step` or later: a killed run may have logged more than it saved, or half a
-    line.
-    """
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    if lines:
-        os.truncate(file, sum(map(len, itertools.takewhile(lambda line: is_before(line, step), lines))))
-
-
-def is_before(line, step):
-    """Whether a line of a log is whole and of an earlier step."""
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] < step
-    except (ValueError, LookupError, TypeError):  # a power failure leaves zeros
-        return False

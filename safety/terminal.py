@@ -26,15 +26,13 @@ class LostRank(Exception):
 
 
 class Shown:
-    """Whether this process shows anything: of several ranks, the first does."""
+    """Whether this process shows anything: the first rank does."""
 
     anything = True
 
 
 class Stream:
-    """Standard output or error. The work continues where nobody reads it (any more), or its disk is full, and what its
-    encoding lacks is written out: \\xb1 for a plus-minus sign.
-    """
+    """Standard output or error. Ignores closed pipes and full disks; escapes what its encoding lacks, as in \\xb1."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -52,18 +50,13 @@ class Stream:
         pass
 
 
-def escape(found):
-    """A control character, written out."""
-    return found[0].encode("unicode_escape").decode()
-
-
 def visible(text):
-    """Text of unknown origin with its control characters written out: they could command, or reorder, a terminal."""
-    return CONTROL.sub(escape, str(text))
+    """Text of unknown origin with its control characters escaped: they could command, or reorder, a terminal."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def say(text, file=None):
-    """Print a text that may contain data of unknown origin; of several ranks, the first prints."""
+    """Print a text that may contain data of unknown origin, on the first rank."""
     if Shown.anything:
         print(visible(text), file=file)
 

@@ -1,8 +1,7 @@
 """Validation while training: numbers on the validation split, and which of them says that an adapter is the best.
 
-Every of_… returns None where --eval-every is 0, as in the paper, else a function without arguments that validates once
-and returns {metric: number}; its attribute `rows` are the rows. Nothing random is in it: a run with it makes the same
-updates.
+Each of_* returns a validator, or None if --eval-every is 0, as in the paper. Nothing random is in it: a run that
+validates makes the same updates. `reward_report` judges a reward model that is trained.
 
 Dimensions: B batch, T time.
 """
@@ -16,76 +15,70 @@ import data
 import eval as evaluation
 import model
 import ppo
-from beyond.hallucinations import KINDS
 from safety import ranks
+from safety.terminal import say
 from speed import shared_prompts
 
-BEST = {
-    "reward": ("val_loss", min),
-    "mle": ("val_loss", min),
-    "ppo": ("val_return", max),
-}  # what --keep best keeps
+BEST = {"reward": ("val_loss", min), "mle": ("val_loss", min), "ppo": ("val_return", max)}  # what --keep best keeps
 
 
 @dataclass(frozen=True)
-class Validation:
-    """validate() -> {metric: number}; rows: list of Datum that it is measured on, part of what a result depends on."""
+class Validator:
+    """validator() -> {metric: number} of its rows, a list of Datum, on which a result of --keep best depends."""
 
     rows: list
     measure: callable  # rows -> {metric: number}
 
     def __call__(self):
-        return self.measure(self.rows)
+        with torch.no_grad():
+            return self.measure(self.rows)
 
 
 def of_reward(settings, llama, rows):
     """Loss and AUC of each class on held-out rows, negatives included."""
-    return Validation(rows, partial(validate_reward, settings, llama)) if settings.eval_every else None
+
+    def measure(rows):
+        scores, _, loss = heldout_scores(settings, llama, rows)
+        negatives = {kind: values for kind, values in scores.items() if kind != "positive"}
+        aucs = {f"val_auc_{kind}": evaluation.auc(scores["positive"], values) for kind, values in negatives.items()}
+        return {"val_loss": loss} | aucs
+
+    return Validator(rows, measure) if settings.eval_every else None
 
 
 def of_mle(settings, llama, rows):
     """Loss, the mean over all output tokens."""
-    return Validation(rows, partial(validate_mle, settings, llama)) if settings.eval_every else None
+
+    def measure(rows):
+        total = tokens = 0
+        for batch in batches(settings, rows):
+            logp = ranks.whole(ppo.response_logp(llama, ranks.share(batch)[0], "mle"), len(batch.rows))  # (B, T)
+            total -= logp.sum().item()
+            tokens += batch.mask.sum().item()
+        return {"val_loss": total / tokens}
+
+    return Validator(rows, measure) if settings.eval_every else None
 
 
 def of_ppo(settings, llama, tokenizer, score, rows):
     """Return, ROUGE and excess length of greedy outputs. score: see interface.inputs.open_reward."""
-    return Validation(rows, partial(validate_ppo, settings, llama, tokenizer, score)) if settings.eval_every else None
+    s = settings
+    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=s.max_new_tokens, temperature=0)
+    sampler = ranks.sharded(partial(sampler, with_logp=True))
 
+    def measure(rows):
+        total = 0.0
+        texts = []
+        for batch in batches(s, rows):
+            batch = ppo.rollout(batch, sampler)
+            reward = ranks.whole(score(ranks.share(batch)[0]), len(batch.rows))  # (B, T)
+            total += ppo.token_rewards(batch, reward, s.length_penalty, s.reward_clamp).sum().item()
+            texts += [tokenizer.decode(row.response) for row in batch.rows]
+        scores = evaluation.metrics(texts, [row.target for row in rows])
+        scores = {f"val_{name}": scores[name] for name in ("la-rouge1-F1", "excess_length")}
+        return {"val_return": total / len(rows)} | scores
 
-def validate_reward(settings, llama, rows):
-    scores, _, loss = heldout_scores(settings, llama, rows)
-    numbers = {"val_loss": loss}
-    for kind, values in scores.items():
-        if kind != "positive":
-            numbers[f"val_auc_{kind}"] = evaluation.auc(scores["positive"], values)
-    return numbers
-
-
-@torch.no_grad()
-def validate_mle(settings, llama, rows):
-    total = tokens = 0
-    for batch in batches(settings, rows):
-        logp = ranks.whole(ppo.response_logp(llama, ranks.share(batch)[0], "mle"), len(batch.rows))  # (B, T)
-        total -= logp.sum().item()
-        tokens += batch.mask.sum().item()
-    return {"val_loss": total / tokens}
-
-
-@torch.no_grad()
-def validate_ppo(settings, llama, tokenizer, score, rows):
-    limit = settings.max_new_tokens
-    sampler = partial(model.sample, llama, adapter="policy", max_new_tokens=limit, temperature=0, with_logp=True)
-    total = 0.0
-    texts = []
-    for batch in batches(settings, rows):
-        batch = ppo.rollout(batch, ranks.sharded(sampler))
-        reward = ranks.whole(score(ranks.share(batch)[0]), len(batch.rows))  # (B, T)
-        total += ppo.token_rewards(batch, reward, settings.length_penalty, settings.reward_clamp).sum().item()
-        texts += [tokenizer.decode(row.response) for row in batch.rows]
-    numbers = {"val_return": total / len(rows)}
-    scores = evaluation.metrics(texts, [row.target for row in rows])
-    return numbers | {f"val_{name}": scores[name] for name in ("la-rouge1-F1", "excess_length")}
+    return Validator(rows, measure) if s.eval_every else None
 
 
 def batches(settings, rows):
@@ -119,10 +112,32 @@ def heldout_scores(settings, llama, rows):
             tokens = score[b][batch.mask[b]]  # (n,)
             if row.kind == "positive":
                 truth = tokens  # its negatives follow it
-            elif row.judged and row.kind in KINDS:
+            elif row.judged:  # a hallucination with a span
                 span = row.judged[0], row.judged[-1] + 1
                 spans.setdefault(row.kind, []).append(span_means(truth, tokens, span))
     return scores, spans, loss / sum(row.weight for row in rows)
+
+
+def reward_report(settings, llama, rows):
+    """Print held-out scores and return them: {class: {"mean", "auc": of positives against it}}.
+
+    A hallucination with a span also has the mean of its span, and the AUC of the truth's tokens in that place.
+    """
+    scores, spans, _ = heldout_scores(settings, llama, rows)
+    report = {kind: {"mean": sum(values) / len(values)} for kind, values in scores.items()}
+    for kind in scores.keys() - {"positive"}:
+        report[kind]["auc"] = evaluation.auc(scores["positive"], scores[kind])
+    for kind, pairs in spans.items():
+        true, false = zip(*pairs, strict=True)
+        report[kind] |= {"span_mean": sum(false) / len(false), "span_auc": evaluation.auc(true, false)}
+    columns = {"mean": "mean score", "auc": "AUC of positives against it"}
+    if spans:
+        columns |= {"span_mean": "mean of the span", "span_auc": "AUC of the truth in its place"}
+    lines = [["class", *columns.values()]]
+    for kind, numbers in report.items():
+        lines.append([kind] + [f"{numbers[name]:.3f}" if name in numbers else "" for name in columns])
+    say(f"\nheld out, {len(scores['positive'])} validation examples:\n{evaluation.markdown(lines)}")
+    return report
 
 
 def span_means(truth, tokens, span):

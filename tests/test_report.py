@@ -507,7 +507,7 @@ def test_tensorboard_hears_every_step(fresh_run):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("mlflow", "choose tensorboard, wandb"), ("wandb", "not installed; run: .venv/bin/pip install")]
+    ("value", "said"), [("mlflow", "choose tensorboard, wandb"), ("wandb", ".venv/bin/pip install wandb")]
 )
 def test_a_logger_that_is_not_there_is_said_first(fresh_run, value, said, monkeypatch, capsys):
     """One line before any work: not after the model has been loaded, or the first step made."""

@@ -25,9 +25,9 @@ import data  # noqa: E402
 import model  # noqa: E402
 from eval import auc, markdown  # noqa: E402
 from interface import results  # noqa: E402
-from interface.reward_report import heldout_scores  # noqa: E402
 from interface.training_settings import Ppo, Reward  # noqa: E402
 from safety import files as training_files  # noqa: E402
+from safety.validation import heldout_scores  # noqa: E402
 
 FORMATS = {"mean score": ".3f", "above the reference": ".2f", "AUC of references": ".3f", "AUC of faithful": ".2f",
            "tokens": ".1f", "beyond the reference": ".2f", "r / 2.5": ".2f"}  # fmt: skip

@@ -41,10 +41,10 @@ VARIANTS = {
 
 def perplexity(folder, source):
     """exp of the mean cross entropy of the validation outputs' tokens."""
-    s = commands.Mle(data=source, model=str(folder), device="cpu", dtype="float32", max_input_tokens=250)
+    s = commands.Mle(data=source, model=str(folder), device="cpu", dtype="float32", max_input_tokens=250, eval_every=1)
     llama, tokenizer = inputs.open_base(s)
     rows = inputs.load_rows(s, "validation", llama, tokenizer)[:200]
-    return math.exp(validation.validate_mle(s, llama, rows)["val_loss"])  # without an adapter mle, that of the base
+    return math.exp(validation.of_mle(s, llama, rows)()["val_loss"])  # there is no adapter mle: of the base
 
 
 def main(model, source, *chosen):

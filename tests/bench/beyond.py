@@ -20,7 +20,8 @@ sys.path.insert(0, os.getcwd())
 
 import lastmile  # noqa: E402
 from beyond import samples  # noqa: E402
-from interface import command_line, inputs, reward_report  # noqa: E402
+from interface import command_line, inputs  # noqa: E402
+from safety import validation  # noqa: E402
 
 ALL = "--model runs/toy/base --train-examples 600 --epochs 2"
 EVAL = "--adapters policy"
@@ -79,7 +80,7 @@ def heldout(row):
     llama.load_adapter("reward", folder, head=True)
     positives = inputs.load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
     rows = samples.add_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
-    return reward_report.reward_report(settings, llama, rows)
+    return validation.reward_report(settings, llama, rows)
 
 
 def policy_line(row, column="policy"):
