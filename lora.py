@@ -138,7 +138,7 @@ def lora_layers(module):
     return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, LoRALinear)]
 
 
-def adapter_parameters(module, name):
+def named_parameters(module, name):
     """{path of the layer + ".lora_A" or ".lora_B": parameter} of one adapter."""
     found = {}
     for path, layer in lora_layers(module):

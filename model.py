@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
-from lora import LoRALinear, adapter_parameters, add_adapter, project, rows_of_indices
+from lora import LoRALinear, add_adapter, named_parameters, project, rows_of_indices
 from quant import quantize_blocks
 from speed import cpu, cpu_decoder
 from speed.cuda_graph import capture
@@ -364,7 +364,7 @@ class Llama(nn.Module):
 
     def adapter_parameters(self, name):
         """All trainable tensors of an adapter, its head included: a list."""
-        found = list(adapter_parameters(self, name).values())
+        found = list(named_parameters(self, name).values())
         if name in self.score:
             found.append(self.score[name])
         return found

@@ -2,8 +2,7 @@
 
     function(source, reference, prediction) -> a number, or a list with one number for each word of prediction.split()
 
-A number goes to the last token of the output, a list to the last token of each word. Length penalty, value network and
-PPO itself stay as they are: only the source of the reward changes.
+A number goes to the last token of the output, a list to the last token of each word.
 
 Dimensions: B batch, T time.
 """
@@ -40,14 +39,10 @@ def is_function(name):
 def load(name, references=()):
     """(function, file) for a value of --reward; file: the Path of its module, or None for a function built in.
 
-    references: the true outputs of the data set; "rouge" chooses its tokenizer by them, once for all examples.
-    The function's results are checked at each call. Raises UserError where it cannot be imported, fails, or returns
-    anything but finite numbers.
+    references: the true outputs of the data set, by which "rouge" chooses its tokenizer. Raises UserError if the
+    function cannot be imported, and at the call that fails or returns anything but finite numbers.
     """
-    if name in BUILT_IN:
-        function, file = BUILT_IN[name], None
-    else:
-        function, file = import_function(name)
+    function, file = (BUILT_IN[name], None) if name in BUILT_IN else import_function(name)
     if name == "rouge":
         function = functools.partial(function, tokenizer=choose_tokenizer(references))
 
@@ -58,7 +53,11 @@ def load(name, references=()):
         except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(f"{where}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})") from error
-        check(result, len(prediction.split()), where)
+        words = len(prediction.split())
+        numbers = result if isinstance(result, list) else [result]
+        finite = all(isinstance(x, Real) and abs(x) <= torch.finfo(torch.float32).max for x in numbers)
+        if not finite or (isinstance(result, list) and len(result) != words):
+            raise UserError(f"{where}: {result!r:.60} is neither a finite number nor a list of {words}, one a word")
         return result
 
     return checked, file
@@ -76,25 +75,15 @@ def import_function(name):
     return function, Path(file) if file else None
 
 
-def check(result, words, where):
-    """Raise UserError unless a result is one finite number, or a list with one for each word."""
-    numbers = result if isinstance(result, list) else [result]
-    finite = [isinstance(x, Real) and abs(x) <= torch.finfo(torch.float32).max for x in numbers]
-    wrong_length = isinstance(result, list) and len(result) != words
-    if wrong_length or not all(finite):
-        raise UserError(f"{where}: {result!r:.60} is neither a finite number nor a list of {words}, one for each word")
-
-
-def token_scores(function, batch, decode):
+def word_scores(function, batch, decode):
     """The function's reward of every response token: (B, T), 0 elsewhere. It replaces ppo.reward_scores."""
     score = torch.zeros(batch.mask.shape)  # (B, T)
     for b, row in enumerate(batch.rows):
         result = function(row.source, row.target, decode(row.response))
+        pairs = [(len(row.response) - 1, result)]
         if isinstance(result, list):
-            ends, numbers = word_ends(row.response, decode), result
-        else:
-            ends, numbers = [len(row.response) - 1], [result]
-        for end, number in zip(ends, numbers, strict=True):
+            pairs = zip(word_ends(row.response, decode), result, strict=True)
+        for end, number in pairs:
             score[b, len(row.prompt) + end] += float(number)  # one token can end two words
     return score.to(batch.tokens.device)
 
@@ -107,5 +96,4 @@ def word_ends(response, decode):
         found = decode(response[: i + 1]).split()
         while len(ends) < len(found) and found[: len(ends) + 1] == words[: len(ends) + 1]:
             ends.append(i)
-    missing = len(words) - len(ends)
-    return ends + [len(response) - 1] * missing
+    return ends + [len(response) - 1] * (len(words) - len(ends))

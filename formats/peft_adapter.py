@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from formats.errors import UserError
-from lora import adapter_parameters, add_adapter, lora_layers
+from lora import add_adapter, lora_layers, named_parameters
 
 PREFIX = "base_model.model."  # PEFT's name for "the model under the adapter"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ def write(module, name, folder, base_name, head=None, base_hash=""):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
+    tensors = {f"{PREFIX}{path}.weight": p for path, p in named_parameters(module, name).items()}
     layers = [(path, layer) for path, layer in lora_layers(module) if name in layer.lora_A]
     targets = {path.rpartition(".")[2] for path, _ in layers}
     if any(path.rpartition(".")[2] in targets and name not in layer.lora_A for path, layer in lora_layers(module)):
@@ -113,7 +113,7 @@ def read(module, name, folder, base_hash=""):
     except ValueError as error:
         raise UserError(f"{place}: {error}") from None
     head = f"{PREFIX}score.weight"
-    parameters = {f"{PREFIX}{path}.weight": p for path, p in adapter_parameters(module, name).items()}
+    parameters = {f"{PREFIX}{path}.weight": p for path, p in named_parameters(module, name).items()}
     wrong = (set(tensors) - {head}) ^ set(parameters)
     wrong |= {key for key in set(tensors) & set(parameters) if tensors[key].shape != parameters[key].shape}
     wrong |= {key for key, t in tensors.items() if t.dtype not in FLOATS or not t.isfinite().all()}

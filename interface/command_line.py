@@ -40,9 +40,8 @@ def check_early(arguments, description=None):
         try:
             read_settings(given["config"], command)
         except (UserError, OSError) as error:
-            code, message = diagnosis(error)
-            say(f"lastmile.py: {one_line(message)}", file=sys.stderr)
-            sys.exit(code)
+            say(f"lastmile.py: {as_line(diagnosis(error)[1])}", file=sys.stderr)
+            sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -59,14 +58,12 @@ def read(arguments):
 
 def resolve(command, given):
     """Settings from the values given; the rest depends on the data, the run's folder and the machine."""
-    settings = COMMANDS[command]
-    names = [f.name for f in fields(settings)]
+    known = {f.name: f.metadata["toy"] for f in fields(COMMANDS[command])}
     if given.get("data", "toy") == "toy":
-        toy = {f.name: f.metadata["toy"] for f in fields(settings) if f.metadata["toy"] is not None}
-        given = toy | given
+        given = {name: toy for name, toy in known.items() if toy is not None} | given
     if given.get("data") == "xsum":
-        given = {name: size for name, size in XSUM_SIZES.items() if name in names} | given
-    s = settings(**given)
+        given = {name: size for name, size in XSUM_SIZES.items() if name in known} | given
+    s = COMMANDS[command](**given)
     output = Path(s.output_dir or Path("runs") / Path(s.data).stem)
     found = {"output_dir": str(output), "model": s.model or default_model(command, s.data, output)}
     if command in ("mle", "ppo", "judge"):
@@ -85,7 +82,7 @@ def resolve(command, given):
 
 
 def default_model(command, data, output):
-    """The base of the run's folder, where there is one or the data are the toy; else the paper's, which is 4-bit."""
+    """The base of the run's folder, if there is one or the data are the toy; else the paper's, which is 4-bit."""
     base = output / ("pretrain" if command == "quantize" else "base")
     if data == "toy" or base.exists():
         return str(base)
@@ -97,10 +94,8 @@ def default_model(command, data, output):
 def check_loggers(report_to):
     """Raise UserError unless --report-to names services that are installed."""
     for name in filter(None, report_to.split(",")):
-        if name not in ("tensorboard", "wandb"):
-            raise UserError(f"--report-to {report_to}: choose tensorboard, wandb, or tensorboard,wandb")
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"--report-to {name}: not installed; run: .venv/bin/pip install {name}")
+        if name not in ("tensorboard", "wandb") or importlib.util.find_spec(name) is None:
+            raise UserError(f"--report-to {name}: choose tensorboard, wandb or both; .venv/bin/pip install {name}")
 
 
 def choose_device(name):
@@ -110,18 +105,16 @@ def choose_device(name):
     has_gpu = torch.cuda.is_available()
     if name.startswith("cuda") and not has_gpu:
         raise UserError(f"--device {name}: this machine shows no GPU; use --device cpu")
-    if name not in ("auto", "cpu", "cuda"):
+    found = {"auto": "cuda" if has_gpu else "cpu", "cpu": "cpu", "cuda": "cuda"}
+    if name not in found:
         raise UserError(f"--device {name}: choose cpu, cuda or auto")
-    if name == "auto":
-        return "cuda" if has_gpu else "cpu"
-    return name
+    return found[name]
 
 
 def choose_dtype(command, device, model, before=None):
-    """The dtype of --dtype auto: bfloat16 on a GPU, and on a CPU where it is faster, over bases that are worth it.
+    """The dtype of --dtype auto: bfloat16 on a GPU, and on a CPU that multiplies it faster, over a large base.
 
-    Worth it are models of the Hub and folders with more than 64 MB of weights. What makes a base (pretrain, quantize,
-    merge) stays fp32 on a CPU. before: what was found when the run started: a clock may find otherwise now.
+    What makes a base (pretrain, quantize, merge) stays fp32 on a CPU. before: what was found when the run started.
     """
     if device == "cuda":
         return "bfloat16"
@@ -137,10 +130,7 @@ def choose_dtype(command, device, model, before=None):
 
 
 def dtype_before(partial, resume=""):
-    """The dtype of the run that was stopped in a stage's folder, or whose checkpoint --resume names; None: unknown.
-
-    It is in a training's checkpoints, and in the first line of each file of responses that eval keeps.
-    """
+    """The dtype of a stopped run, or None: from its checkpoints, or the first line of a file that eval has kept."""
     place = partial / "checkpoints"
     named = [Path(resume) / "state.json"]
     for file in (*named, *sorted(place.glob("step-*/state.json")), *sorted(place.glob("*.jsonl"))):
@@ -157,7 +147,7 @@ def be_deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-# What the reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.
+# What a reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.
 SHARED_WITH_REWARD = (
     "train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
     "keep_checkpoints", "max_time", "report_to", "deterministic",
@@ -165,10 +155,7 @@ SHARED_WITH_REWARD = (
 
 
 def reward_settings(ppo):
-    """The settings of the reward model that `ppo` trains where there is none.
-
-    Common's are PPO's, both see the same data in the same way. --config's [reward] overrides those SHARED_WITH_REWARD.
-    """
+    """The settings of the reward model that `ppo` trains if there is none; --config's [reward] comes before PPO's."""
     given = {name: getattr(ppo, name) for name in SHARED_WITH_REWARD}
     given["resume"] = "auto" if ppo.resume else ""
     if ppo.config and not ppo.config.endswith(".json"):  # a stage's config.json has that stage's settings alone
@@ -191,8 +178,8 @@ def diagnosis(error):
         return None, f"another rank has ended without a word, or was silent for too long; {RESUME} ({error})"
     if isinstance(error, MemoryError) or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.I):
         return 4, (
-            "out of memory; in a training, --grad-checkpoint or a smaller --micro-batch-size changes no result; a "
-            "smaller --batch-size, --max-input-tokens or --max-new-tokens does; --dry-run measures the need"
+            "out of memory; --grad-checkpoint or a smaller --micro-batch-size changes no result; a smaller "
+            "--batch-size, --max-input-tokens or --max-new-tokens does; --dry-run measures the need"
         )
     if isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else error
@@ -203,7 +190,7 @@ def diagnosis(error):
     return (2, error) if isinstance(error, UserError) else None
 
 
-def one_line(message):
+def as_line(message):
     """A message as one line of at most about 900 characters: it may quote what it was given."""
     line = visible(" ".join(str(message).split()))
     return line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}"
@@ -230,13 +217,9 @@ def main(functions, arguments=None):
             if getattr(settings, "deterministic", False):
                 be_deterministic()
             ranks.start(command, asdict(settings))
-            if command == "sample":
-                functions[command](settings, text)
-            else:
-                functions[command](settings)
-            finished = True
-            return 0
-        except DryRun:
+            texts = (text,) if command == "sample" else ()
+            with suppress(DryRun):
+                functions[command](settings, *texts)
             finished = True
             return 0
         except (Exception, KeyboardInterrupt, Stopped) as error:
@@ -247,7 +230,7 @@ def main(functions, arguments=None):
                 raise
             code, message = ranks.failure(*found)
             if message:
-                print(f"lastmile.py: {one_line(message)}", file=sys.stderr)
+                print(f"lastmile.py: {as_line(message)}", file=sys.stderr)
             return code
         finally:
             ranks.finish()

@@ -31,13 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def stage_folder(settings, stage):
-    """The folder that a stage writes to. Under --dry-run a temporary one, deleted at the end.
-
-    Of several ranks the first has that folder, and the others a temporary one. --push is checked before anything else,
-    and done at the end.
-    """
+    """The folder that a stage writes to; a temporary one under --dry-run and on all ranks but the first."""
     check_push(settings)
-    if stage != "merge":  # which reads no data; the others look for theirs before they fetch a base
+    if stage != "merge":  # which reads no data
         tables.check_there(settings.data)
     say(f"{stage}: {' '.join(f'{flag(name)} {value}' for name, value in changed(settings).items())}")
     if settings.dry_run:
@@ -49,8 +45,7 @@ def stage_folder(settings, stage):
         ranks.wait()
         if not final.with_name(f"{stage}.partial").exists():
             raise UserError(
-                f"{final.parent}: the first rank writes to it, and this one does not see it; name a folder "
-                f"that all machines share: --output-dir"
+                f"{final.parent}: the first rank writes to it, and this one does not see it; name one that all share"
             )
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -65,11 +60,14 @@ def stage_folder(settings, stage):
             make_room(settings, final, partial, replaced)
             ranks.wait()
             yield partial
-            write_settings(settings, stage, partial)
+            write_json(settings_file(partial), asdict(settings) | {"stage": stage, "commit": commit()})
             for path in (*partial.rglob("*"), partial):
                 sync(path)
         except BaseException as error:
-            remove_if_empty(partial, new_run)
+            with suppress(OSError):  # bad input leaves nothing behind
+                partial.rmdir()
+                if new_run:
+                    partial.parent.rmdir()
             if isinstance(error, OSError) and error.errno and not error.filename:
                 error.filename = str(partial)  # an error in writing does not name the file
             raise
@@ -87,11 +85,6 @@ def settings_file(folder):
     return folder / ("settings.json" if is_model(folder) else "config.json")
 
 
-def write_settings(settings, stage, folder):
-    """Write the settings beside the results."""
-    write_json(settings_file(folder), asdict(settings) | {"stage": stage, "commit": commit()})
-
-
 def make_room(settings, final, partial, replaced):
     """Refuse to overwrite results without being asked to, and remove what a killed run left behind."""
     if replaced.exists() and not final.exists():
@@ -102,21 +95,10 @@ def make_room(settings, final, partial, replaced):
     resume = getattr(settings, "resume", "")
     saved = checkpoints(partial)
     if saved and not resume and not settings.overwrite:
-        raise FileExistsError(
-            f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume to continue it, or --overwrite "
-            f"to start again"
-        )
+        raise FileExistsError(f"{partial}: an interrupted run, saved at {saved[-1].name}; add --resume or --overwrite")
     if not resume:  # the checkpoints stay until the new run is sure to start, in Run.restore
         kept = "checkpoints", "metrics.jsonl", "validation.jsonl"
         clear(*(path for path in partial.iterdir() if path.name not in kept))
-
-
-def remove_if_empty(partial, new_run):
-    """Remove the folders of a run that failed before it wrote anything: bad input leaves nothing behind."""
-    with suppress(OSError):
-        partial.rmdir()
-        if new_run:
-            partial.parent.rmdir()
 
 
 @contextmanager
@@ -127,16 +109,14 @@ def locked(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another run is using it; wait for it to end, or choose another --output-dir"
-            ) from None
+            raise UserError(f"{folder}: another run is using it; wait, or choose another --output-dir") from None
         yield
     finally:
         os.close(handle)
 
 
 def commit():
-    """The git commit of this checkout, with a + where files differ from it; "unknown" without git."""
+    """The git commit of this checkout, with a + if files differ from it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty=+"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 """What a stage works on: the base with its tokenizer, the rows of a split, and the adapters of other stages."""
 
 import math
-from dataclasses import fields
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
 from formats.tables import PRESETS
 from interface.folders import require, settings_file
-from interface.settings import LORA
+from interface.settings import LORA, changed, flag
 from interface.training_settings import Reward
 from safety.checkpoint import adapter_hash, model_hash
 from safety.files import digest
@@ -29,12 +29,8 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", 
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The base
-
-
 def base_folder(settings):
-    """The local folder of --model: of this run, a path, or a model of the Hub, downloaded where it is not cached."""
+    """The local folder of --model: of this run, a path, or a model of the Hub, downloaded unless it is cached."""
     path = Path(settings.model)
     if path.parent == Path(settings.output_dir) and path.name in MAKERS:
         return require(path, MAKERS[path.name], settings)
@@ -42,11 +38,10 @@ def base_folder(settings):
     return fetch(*hub, MODEL_FILES, "model") if hub else path
 
 
-def open_base(settings, dtype=None):
+def open_base(settings):
     """(llama, tokenizer): the frozen base with its tokenizer."""
     folder = base_folder(settings)
-    dtype = dtype or getattr(torch, settings.dtype)
-    llama = model.load(folder, settings.device, dtype, kind=FullLlama)
+    llama = model.load(folder, settings.device, getattr(torch, settings.dtype), kind=FullLlama)
     tokenizer = data.load_tokenizer(folder, settings.template)
     check_tokenizer(folder, tokenizer, llama.config)
     llama.add_eos(tokenizer.eos)  # a template may end answers with a token of its own
@@ -57,10 +52,7 @@ def open_base(settings, dtype=None):
 
 
 def check_tokenizer(folder, tokenizer, config):
-    """Refuse a tokenizer whose texts or prompts have ids that the model lacks; warn of another EOS, which counts too.
-
-    Tokens that neither contains may lie beyond the model's: a padding token that someone added later.
-    """
+    """Refuse a tokenizer whose texts or prompts have ids that the model lacks; warn of another EOS, which counts."""
     size = max(tokenizer.text_size - 1, *tokenizer.ids_of_prompts()) + 1
     if size > config.vocab_size:
         raise UserError(
@@ -73,15 +65,14 @@ def check_tokenizer(folder, tokenizer, config):
 
 
 def warn_of_short_groups(settings, config):
-    """Warn where --group-size does not divide a width: not every reader of GPTQ files takes a short last group."""
+    """Warn if --group-size does not divide a width: not every reader of GPTQ files takes a short last group."""
     heads = config.num_attention_heads * config.head_dim
     widths = sorted({config.hidden_size, config.intermediate_size, heads})
     odd = [str(width) for width in widths if settings.group_size > 0 and width % settings.group_size]
     if odd:
-        fits = max(size for size in (8, 16, 32, 64, 128) if math.gcd(*widths) % size == 0 or size == 8)
         warn(
-            f"--group-size {settings.group_size} does not divide width {', '.join(odd)}: the last group is short, and "
-            f"other readers of GPTQ may refuse the file; --group-size {fits} fits"
+            f"--group-size {settings.group_size} does not divide width {', '.join(odd)}: other readers of GPTQ may "
+            f"refuse the file; name a divisor of {math.gcd(*widths)}"
         )
 
 
@@ -96,7 +87,7 @@ def load_examples(settings, split):
 
 
 def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, rejected=False):
-    """One split as a list of Datum, length-filtered; where examples > 0, a random subset of that size.
+    """One split as a list of Datum, length-filtered; if examples > 0, a random subset of that size.
 
     The limit of inputs is --max-input-tokens, or what the model's context leaves beside --max-new-tokens.
     rejected: keep outputs that the data call bad, from which only the reward model learns.
@@ -112,11 +103,10 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
     limit = min(settings.max_input_tokens, context_left(settings, llama))
     kept, counts = data.encode(loaded, tokenizer, limit, settings.max_new_tokens, append_eos)
     dropped = len(loaded) - len(kept)
-    duplicates = len(loaded) - len({(e.source, e.target) for e in loaded})
     say(
         f"{split}: {len(loaded)} examples, {dropped} dropped ({dropped / len(loaded):.1%}): {counts['long_input']} "
-        f"with inputs over {limit} tokens, {counts['long_output']} with outputs over "
-        f"{settings.max_new_tokens}{f'; {duplicates} duplicates' if duplicates else ''}"
+        f"with inputs over {limit} tokens, {counts['long_output']} with outputs over {settings.max_new_tokens}; "
+        f"{len(loaded) - len({(e.source, e.target) for e in loaded})} duplicates"
     )
     good = [datum for datum in kept if datum.label]
     bad = [datum for datum in kept if not datum.label]
@@ -128,15 +118,15 @@ def load_rows(settings, split, llama, tokenizer, examples=0, append_eos=True, re
 
 
 def validation_rows(settings, llama, tokenizer, append_eos=True):
-    """The rows that --eval-every validates on, none where it is 0."""
+    """The rows that --eval-every validates on; none if it is 0."""
     if not settings.eval_every:
         return []
     return load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, append_eos)
 
 
 def without_contradictions(examples, split):
-    """The examples without bad outputs that are also a good output of the same input; prints how many."""
-    truths = {(example.source, example.target) for example in examples if example.label}
+    """The examples without bad outputs that are also a good output of the same input."""
+    truths = {(e.source, e.target) for e in examples if e.label}
     kept = [e for e in examples if e.label or (e.source, e.target) not in truths]
     if len(kept) < len(examples):
         say(f"{split}: {len(examples) - len(kept)} bad outputs are also a good output of the same input: left out")
@@ -152,11 +142,10 @@ def context_left(settings, llama):
 
 
 def subsample(settings, split, rows, examples):
-    """A random subset of the rows, in their order; all of them where examples is 0."""
+    """A random subset of the rows, in their order; all of them if examples is 0."""
     if not rows:
-        raise UserError(
-            f"{settings.data}: no {split} example is short enough; raise --max-input-tokens or --max-new-tokens"
-        )
+        limits = "--max-input-tokens or --max-new-tokens"
+        raise UserError(f"{settings.data}: no {split} example is short enough; raise {limits}")
     if not 0 < examples < len(rows):
         return rows
     say(f"{split}: a random subset of {examples}, seed {settings.seed}")
@@ -165,17 +154,13 @@ def subsample(settings, split, rows, examples):
 
 
 def warn_of_overlap(settings, rows):
-    """Warn where test inputs of the user's own data are in the training split, too."""
+    """Warn if test inputs of the user's own data are in the training split, too."""
     if settings.data in PRESETS:
         return
-    try:
-        train = load_examples(settings, "train")
-    except FileNotFoundError:
-        return  # a folder with a test split alone
-    sources = {example.source for example in train}
-    seen = sum(row.source in sources for row in rows)
-    if seen:
-        warn(f"{seen} test inputs are in the training split, too")
+    with suppress(FileNotFoundError):  # a folder with a test split alone
+        sources = {example.source for example in load_examples(settings, "train")}
+        if seen := sum(row.source in sources for row in rows):
+            warn(f"{seen} test inputs are in the training split, too")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,11 +177,10 @@ def adapter_names(flag, value):
 
 def adapter_folder(settings, name):
     """The folder of this run's mle or policy adapter, or the adapter folder that is named."""
-    run = Path(settings.output_dir)
-    stages = {"mle": ("mle", run / "mle"), "policy": ("ppo", run / "ppo" / "policy")}
+    stages = {"mle": ("mle", "mle"), "policy": ("ppo", "ppo/policy")}
     if name in stages:
         stage, folder = stages[name]
-        return require(folder, stage, settings)
+        return require(Path(settings.output_dir) / folder, stage, settings)
     if not (Path(name) / "adapter_config.json").is_file() and not is_model(name):
         raise FileNotFoundError(f"{name}: no adapter; name mle, policy, or a folder with an adapter_config.json")
     return Path(name)
@@ -208,10 +192,7 @@ def adapter_hashes(settings, names):
 
 
 def load_named(settings, llama, name, other="other"):
-    """Load the adapter of base, mle, policy or a folder. Returns the adapter argument of forward.
-
-    other: the name that the model gives to an adapter of a folder; a module's name cannot be a path.
-    """
+    """Load the adapter of base, mle, policy or a folder, which is then called `other`. Returns forward's argument."""
     if name == "base":
         return None
     adapter = name if name in ("mle", "policy") else other
@@ -239,20 +220,20 @@ def load_listed(settings, llama, names):
 
 def new_adapter(settings, llama, name, stream, head=None):
     """A fresh adapter of the stage's rank and targets; with --tune full a copy of the base in its place."""
+    rng = data.generator(settings.seed, stream)
     if settings.tune == "full":
         if llama.config.quantization:
             raise UserError(f"--tune full: {settings.model} is 4-bit; name an unquantized model, or use --tune lora")
         if settings.dtype == "float16":
             raise UserError("--tune full --dtype float16: gradients vanish without loss scaling; use bfloat16")
-        return llama.add_copy(name, data.generator(settings.seed, stream), head)
-    targets = settings.lora_targets.split(",")
-    llama.add_adapter(name, settings.lora_r, settings.lora_alpha, targets, data.generator(settings.seed, stream), head)
+        return llama.add_copy(name, rng, head)
+    llama.add_adapter(name, settings.lora_r, settings.lora_alpha, settings.lora_targets.split(","), rng, head)
 
 
 def start_adapter(settings, llama, name, stream, head=None):
-    """The adapter that a stage trains: new, or a copy of the one that --init names. Returns {what: hash} of that one.
+    """Add the adapter that a stage trains: new, or loaded from --init. Returns {what: hash} of --init's.
 
-    head: None, or how a scalar head starts, where the adapter of --init has none.
+    head: None, or how a scalar head starts if the adapter of --init has none.
     """
     if settings.init == "base":
         new_adapter(settings, llama, name, stream, head)
@@ -266,9 +247,8 @@ def start_adapter(settings, llama, name, stream, head=None):
     load_trained(llama, name, folder, saved_head)
     if head is not None and not saved_head:
         llama.add_head(name, head, data.generator(settings.seed, stream, "head"))
-    if kept := [f.name for f in fields(settings) if f.name in LORA and getattr(settings, f.name) != f.default]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in kept)
-        warn(f"--init {settings.init}: {name} keeps its rank, alpha and targets; without effect on it: {flags}")
+    if kept := [flag(setting) for setting in changed(settings) if setting in LORA]:
+        warn(f"--init {settings.init}: {name} keeps its own rank, alpha and targets; no effect: {', '.join(kept)}")
     return {"init adapter": adapter_hash(folder)}
 
 
@@ -288,44 +268,27 @@ def open_reward(settings, llama, tokenizer, rows=()):
         for row in rows[:1]:
             function(row.source, row.target, row.target)
             function(row.source, row.target, "")
-
-        def score(batch):
-            return reward_function.token_scores(function, batch, tokenizer.decode)
-
+        score = partial(reward_function.word_scores, function, decode=tokenizer.decode)
         return score, {"reward function": f"{settings.reward} {digest(file) if file else ''}"}
     folder = Path(settings.reward)
     if not folder.exists():  # a dry run, before there is a reward model
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
         return partial(ppo.reward_scores, llama), {}
-    level, head = reward_level(folder), reward_head(folder)
+    level, head = reward_facts(folder)
     load_trained(llama, "reward", folder, head=head == "scalar")
-
-    def score(batch):
-        return ppo.reward_scores(llama, batch, level)
-
     facts = {"reward adapter": adapter_hash(folder), "reward level": level}
-    return score, facts | ({"reward head": head} if head != "scalar" else {})
+    return partial(ppo.reward_scores, llama, level=level), facts | ({} if head == "scalar" else {"reward head": head})
 
 
-def reward_level(folder):
-    """What the reward model of a folder scores: "token" or "sequence"."""
-    return saved_choice(folder, "level")
-
-
-def reward_head(folder):
-    """What scores a token: "scalar" or "likelihood", which any adapter has that is no reward model."""
+def reward_facts(folder):
+    """(--level, --head) of the reward model of a folder, by its config.json; any other adapter scores by likelihood."""
     file = settings_file(folder)
-    stage = read_json(file).get("stage") if file.is_file() else None
-    if stage is None:
-        return "scalar" if peft_adapter.has_head(folder) else "likelihood"
-    return saved_choice(folder, "head") if stage == "reward" else "likelihood"
-
-
-def saved_choice(folder, name):
-    """The value of a setting of the reward stage in a folder's config.json; the paper's where it is silent."""
-    choices = {f.name: f.metadata["choices"] for f in fields(Reward)}[name]
-    file = settings_file(folder)
-    found = read_json(file).get(name, choices[0]) if file.is_file() else choices[0]
-    if found not in choices:
-        raise UserError(f"{file}: {name} {found!r} is neither {' nor '.join(choices)}; correct the file")
-    return found
+    said = read_json(file) if file.is_file() else {}
+    level, head = said.get("level", "token"), said.get("head", "scalar")
+    if said.get("stage") != "reward" and ("stage" in said or not peft_adapter.has_head(folder)):
+        head = "likelihood"
+    for name, value in ("level", level), ("head", head):
+        choices = Reward.__dataclass_fields__[name].metadata["choices"]
+        if value not in choices:
+            raise UserError(f"{file}: {name} {value!r} is neither {' nor '.join(choices)}; correct the file")
+    return level, head

@@ -6,7 +6,6 @@ eval/facts.json                             data, model, seed, commit, number of
 """
 
 import json
-import sys
 from pathlib import Path
 
 import eval as evaluation
@@ -15,7 +14,7 @@ from formats.files import read_json
 from formats.words import choose_tokenizer
 from interface.folders import commit
 from safety.files import write_json
-from safety.terminal import say
+from safety.terminal import say, warn
 
 KEYS = ("id", "source", "reference", "prediction")
 
@@ -42,39 +41,36 @@ def score(settings, folder, rows, predictions):
         "data": Path(settings.data).stem, "model": settings.model, "seed": settings.seed, "commit": commit(),
         "n": len(rows), "bleurt": note, "rouge_tokenizer": words,
     }  # fmt: skip
-    write_scores(folder, examples, facts, settings.seed)
-
-
-def write_scores(folder, examples, facts, seed):
-    """Means and intervals of {column: {metric: array of one number an example}}, and the facts about them."""
     scores = {}
     intervals = {}
     for column, metrics in examples.items():
         scores[column] = {metric: float(values.mean()) for metric, values in metrics.items()}
-        intervals[column] = {metric: evaluation.interval(values, seed) for metric, values in metrics.items()}
+        intervals[column] = {metric: evaluation.interval(values, settings.seed) for metric, values in metrics.items()}
     write_json(folder / "scores.json", scores)
     write_json(folder / "intervals.json", intervals)
     write_json(folder / "facts.json", facts)
 
 
 def add_bleurt(settings, examples, columns, references):
-    """Add BLEURT to the metrics of every column, or say why it is not there. Returns the note for the tables."""
+    """Add BLEURT to the metrics of every column, or warn why it is not there. Returns the note for the tables."""
     if settings.bleurt == "none":
         return "not computed, --bleurt none"
     try:
-        for name, metrics in examples.items():
-            metrics["bleurt"] = evaluation.bleurt(columns[name], references, settings.bleurt, device=settings.device)
+        found = {
+            name: evaluation.bleurt(texts, references, settings.bleurt, device=settings.device)
+            for name, texts in columns.items()
+        }
     except Exception as error:  # a damaged checkpoint, no memory left, …: the other scores must not be lost by it
-        for metrics in examples.values():
-            metrics.pop("bleurt", None)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER", file=sys.stderr)
+        warn(f"bleurt: not computed ({reason}); name a checkpoint folder: --bleurt FOLDER")
         return f"not computed, {settings.bleurt} could not be used"
+    for name, values in found.items():
+        examples[name]["bleurt"] = values
     return Path(settings.bleurt).name
 
 
 def read_scores(folder, beside="auto"):
-    """((scores, intervals, facts), tables as text) of an eval folder. Raises UserError where they are not eval's."""
+    """((scores, intervals, facts), tables as text) of an eval folder. Raises UserError if they are not eval's."""
     found = [read_json(folder / f"{name}.json") for name in ("scores", "intervals", "facts")]
     try:
         text = evaluation.tables(*found, beside)

@@ -80,7 +80,7 @@ def compare_gradients(folder, scales):
     with tempfile.TemporaryDirectory() as saved:
         theirs.save_pretrained(saved)
         llama.load_adapter("oracle", saved)
-    ours = {path: p.requires_grad_() for path, p in lora.adapter_parameters(llama, "oracle").items()}
+    ours = {path: p.requires_grad_() for path, p in lora.named_parameters(llama, "oracle").items()}
     tokens = random_tokens(llama.config.vocab_size, 2, 40, seed=0)
     for logits in (theirs(tokens).logits, llama.logits(llama(tokens, "oracle"))):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()

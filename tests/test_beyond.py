@@ -401,10 +401,10 @@ def test_grade_by_hand(tokenizer):
     """
     rows = [datum_of(tokenizer, "one", "Amy met Ben."), datum_of(tokenizer, "two", "Paul went home with Olga.")]
     batch, calls = data.collate(rows), []
-    score = reward_function.token_scores(lambda *texts: calls.append(texts) or 0.5, batch, tokenizer.decode)
+    score = reward_function.word_scores(lambda *texts: calls.append(texts) or 0.5, batch, tokenizer.decode)
     assert torch.equal(score, 0.5 * ppo.scored_tokens(batch.mask, "sequence"))
     assert calls == [("one", "Amy met Ben.", "Amy met Ben."), ("two", *["Paul went home with Olga."] * 2)]
-    score = reward_function.token_scores(lambda s, r, p: [len(word) for word in p.split()], batch, tokenizer.decode)
+    score = reward_function.word_scores(lambda s, r, p: [len(word) for word in p.split()], batch, tokenizer.decode)
     for b, datum in enumerate(rows):
         ends = batch.prompt_len[b] + torch.tensor(reward_function.word_ends(datum.response, tokenizer.decode))
         assert score[b, ends].tolist() == [len(word) for word in datum.target.split()]

@@ -86,7 +86,7 @@ def test_an_adapter_goes_to_peft_and_back(folder, tmp_path):
     F.cross_entropy(found[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     reference(tokens, labels=tokens).loss.backward()
     expected = {key: p.grad for key, p in reference.named_parameters() if "lora_" in key}
-    for path, parameter in lora.adapter_parameters(llama, "policy").items():
+    for path, parameter in lora.named_parameters(llama, "policy").items():
         gradient = expected[f"base_model.model.{path}.default.weight"]
         assert (parameter.grad - gradient).norm() < 1e-5 * gradient.norm()
 

@@ -58,7 +58,7 @@ def test_untrained_adapter_changes_nothing(run_folder):
     before = llama(TOKENS)
     llama.add_adapter("policy", 4, 8.0, SEVEN, torch.Generator().manual_seed(0))
     assert torch.equal(llama(TOKENS, "policy"), before)
-    parameters = lora.adapter_parameters(llama, "policy")
+    parameters = lora.named_parameters(llama, "policy")
     assert all(p.any() == name.endswith("lora_A") for name, p in parameters.items())
 
 
@@ -491,9 +491,7 @@ def test_gradients_equal_pefts(tmp_path, form):
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # it looks for the base on the disk
     llama = model.load(tmp_path / "base")
     llama.load_adapter("policy", tmp_path / "adapter")
-    ours = {
-        f"base_model.model.{path}.default.weight": p for path, p in lora.adapter_parameters(llama, "policy").items()
-    }
+    ours = {f"base_model.model.{path}.default.weight": p for path, p in lora.named_parameters(llama, "policy").items()}
     assert set(ours) == set(learning) and len(ours) == 2 * 2 * 7
     for parameter in ours.values():
         parameter.requires_grad_(True)
