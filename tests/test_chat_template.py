@@ -6,11 +6,11 @@ import time
 import pytest
 from test_data import train_bpe
 from test_tokenizer import CHATML, TEXTS, config, spm, theirs
-from training import command_line
 
 import data
 import lastmile
 from formats import chat_template
+from interface import command_line
 
 LLAMA3 = """{{ bos_token }}{% for message in messages %}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}

@@ -1,4 +1,4 @@
-"""The experiment of docs/experiment/appendix.md: each row is a few stages in a folder of its own, under runs/experiment/.
+"""The experiment of docs/experiment/appendix.md: a row is a few stages in a folder of its own, in runs/experiment/.
 
     python docs/experiment/run.py [ROW ...]           all rows, or those named; what is there already stays
     python docs/experiment/run.py --table             what there is so far, into results.json and the page's tables
