@@ -144,7 +144,7 @@ def load_template(name, folder, controls, chat_template=""):
     if not name:
         name = default_template(Path(folder), controls, chat_template)
     if name == "model":
-        return own_prompt(folder, controls, SYSTEM, TASK)
+        return own_prompt(folder, chat_template, controls, SYSTEM, TASK)
     if name not in TEMPLATES:
         if not Path(name).is_file():
             raise FileNotFoundError(

@@ -21,21 +21,18 @@ SECONDS, BYTES, LENGTH = 3, 1 << 30, 1 << 16
 TODAY = date(2024, 7, 26)  # for strftime_now: a prompt must not change with the day; Llama 3's without a clock
 
 
-def prompt(folder, controls, system, task):
+def prompt(folder, template, controls, system, task):
     """(text with {source}, control token that ends an answer or "") of a model folder's chat template.
 
-    controls: {text: id} of the tokenizer's control tokens. system: the system text, in front of the user's where the
-    template has no system role. task: the user's text with {source}. Thinking is off. Raises UserError where the
-    template raises, does not end, or loses the text.
+    template: the Jinja source, or JSON of several with names. controls: {text: id} of control tokens. system: the
+    system text, in front of the user's if the template has no system role. task: the user's text with {source}.
+    Thinking is off. Raises UserError if the template raises, does not end, or loses the text.
     """
-    from formats.tokenizer import Beside  # not needed by the process that renders
-
-    beside = Beside(folder)
-    variables = {role: beside.token(role) for role in ROLES if isinstance(beside.token(role), str)}
+    variables = special_tokens(Path(folder))
     turns = [{"role": "system", "content": system}, {"role": "user", "content": task}]
     joined = [{"role": "user", "content": f"{system}\n\n{task}"}]
     for messages in (turns, joined):
-        text, answered, problem = render(default_of(beside.template), messages, variables)
+        text, answered, problem = render(default_of(template), messages, variables)
         if problem.startswith("does not end"):
             break
         if not problem and (system not in text or text.count("{source}") != 1):
@@ -45,6 +42,19 @@ def prompt(folder, controls, system, task):
             ends = [token for token in controls if token and token in after]
             return text, max(ends, key=lambda token: (-after.index(token), len(token)), default="")
     raise UserError(f"{folder}: its chat template {problem}; choose another prompt: --template NAME or FILE")
+
+
+def special_tokens(folder):
+    """{role: text} of the special tokens that the files beside a tokenizer name."""
+    from formats.tokenizer import read_object  # not needed by the process that renders
+
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for role, value in read_object(folder / name).items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if role in ROLES and isinstance(text, str):
+                found[role] = text
+    return found
 
 
 def default_of(template):
