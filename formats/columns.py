@@ -201,11 +201,10 @@ def unused(row, layout):
     return found
 
 
-def has_several_answers(row, layout):
+def has_several_answers(where, row, layout):
     """Whether a conversation has answers before the last one, which is the output."""
-    turns = row[layout.target] if layout.target in layout.parts else []
-    roles = [turn.get("role", turn.get("from")) for turn in turns if isinstance(turn, dict)]
-    return sum(ROLES.get(str(role).strip().lower()) == "assistant" for role in roles) > 1
+    turns = messages(where, layout.target, row[layout.target]) if layout.target in layout.parts else []
+    return sum(turn["role"] == "assistant" for turn in turns) > 1
 
 
 TURN = ("role", "from", "content", "value", "weight")

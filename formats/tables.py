@@ -76,7 +76,7 @@ def read(name_or_path, split, input_column=None, target_column=None, negative_co
             name = str(number) if name in (None, "") else str(name)
             pairs = columns.pairs_of(where, row, layout)
             without_weight += not pairs
-            several += columns.has_several_answers(row, layout)
+            several += columns.has_several_answers(where, row, layout)
             rows.append([(name, pair.source, pair.target, pair.label) for pair in pairs])
             if len(rows) > ROW_LIMIT:
                 raise UserError(f"{file}: over {ROW_LIMIT} rows; cut it")

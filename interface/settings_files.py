@@ -19,7 +19,7 @@ def read_settings(file, command, between=()):
     raw = read_raw(file)
     known = {name: {f.name: f for f in fields(settings)} for name, settings in COMMANDS.items()}
     everywhere = {}
-    for of_command in known.values():
+    for of_command in (*known.values(), known[command]):  # the command's own limits are the ones that count
         everywhere |= of_command
     shared = {name: value for name, value in raw.items() if not isinstance(value, dict)}
     found = {"": check_table(shared, everywhere, f"{file}:")}
