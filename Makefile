@@ -85,6 +85,10 @@ report:   ## one HTML page of the run: curves, tables, lengths, outputs token by
 report: tables
 	@$(RUN) report $(call HOW,report)
 
+picture:  ## docs/report.png, the picture in the README, of runs/toy/report.html; needs Chromium
+picture: .venv/dev
+	$(PY) docs/picture.py
+
 $(OUT)/pretrain/model.safetensors: | .venv/run
 	$(RUN) pretrain --data $(DATA) --output-dir $(OUT) $(call flags,base)
 
@@ -175,5 +179,5 @@ loc:      ## lines of the ground floor, and of each wing
 clean:    ## remove the virtual environment and caches; runs stay
 	rm -rf .venv .venv-bench build *.egg-info .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: help demo test lint base reward mle ppo eval tables report walkthrough exercise beyond fuzz faults bench \
+.PHONY: help demo test lint base reward mle ppo eval tables report picture walkthrough exercise beyond fuzz faults bench \
         gpu bench-gpu sass setup loc clean

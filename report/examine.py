@@ -5,6 +5,8 @@ level, or a reward function.
 """
 
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -19,106 +21,80 @@ from interface.plan import end_dry_run
 from interface.settings_files import read_settings
 
 
-def examine(settings, columns, rows):
-    """(examples, note) for page.gallery: the reference and all outputs of some test inputs.
+def settings_of(run, command):
+    """The settings that a finished stage of the run was made with, or else the defaults. A reward model that is not
+    where PPO's settings name it, because the run was moved, is looked for in the run; reward is "" if there is none.
+    """
+    file = settings_file(run / command)
+    found = COMMANDS[command](**(read_settings(str(file), command) if file.is_file() else {}))
+    if command != "ppo" or reward_function.is_function(found.reward):
+        return found
+    folders = [Path(found.reward or run / "reward"), run / "reward"]
+    return replace(found, reward=next((str(folder) for folder in folders if folder.is_dir()), ""))
 
-    columns: what interface.results.read_outputs returned; rows: numbers of test inputs. One pass of the reward model,
-    one of the value, for each input. Without a reward, the texts alone.
+
+def examine(settings, columns, rows):
+    """(examples, note): the reference and the outputs of some test inputs, {"id", "source", "outputs"} each.
+
+    columns: what interface.results.read_outputs returned; rows: indices of test inputs. outputs: {name: {"tokens": list
+    of {"text", "numbers", and "end" if it is EOS}, "cut": whether the cap cut it}}. Without a reward, the texts alone.
+    Cleaned outputs are left out: no model has chosen these tokens.
     """
     run = Path(settings.output_dir)
-    shown = [name for name in columns if name not in ("id", "source")]
+    names = [name for name in ("reference", "base", "mle", "policy") if name in columns]
     examples = [{"id": columns["id"][i], "source": columns["source"][i]} for i in rows]
-    ppo_settings = reward_of_run(run, settings_of(run, "ppo"))
-    if not ppo_settings.reward:
+    s = settings_of(run, "ppo")
+    if not s.reward:
         for i, example in zip(rows, examples, strict=True):
-            example["outputs"] = {name: {"tokens": [{"text": columns[name][i]}], "cut": False} for name in shown}
+            example["outputs"] = {name: {"tokens": [{"text": columns[name][i]}], "cut": False} for name in names}
         return examples, "There is no reward model in this run, so the outputs have no numbers."
     llama, tokenizer = open_base(settings)
-    examples_of_run = list(map(data.Example, columns["id"], columns["source"], columns["reference"]))
-    score, _ = open_reward(ppo_settings, llama, tokenizer, examples_of_run)
+    dataset = list(map(data.Example, columns["id"], columns["source"], columns["reference"]))
+    score, _ = open_reward(s, llama, tokenizer, dataset)
     has_value = (run / "ppo" / "value").is_dir()
     if has_value:
         load_trained(llama, "value", run / "ppo" / "value", head=True)
     end_dry_run(settings, llama)
     cap = settings_of(run, "eval").max_new_tokens
-    same = 0  # outputs whose tokens decode to their text
+    numbers = partial(numbers_of, s, llama, score, has_value)
     for i, example in zip(rows, examples, strict=True):
-        texts = {name: columns[name][i] for name in shown}
-        raw = {name: columns[name.removesuffix(" cleaned")][i] for name in shown}
-        outputs = tokens_of(tokenizer, texts, raw, cap)
-        add_numbers(ppo_settings, llama, tokenizer, columns["source"][i], texts, outputs, score, has_value)
-        example["outputs"] = outputs
-        same += sum(decoded(output) == texts[name] for name, output in outputs.items())
-    return examples, note_of(ppo_settings, same, len(rows) * len(shown), cap, has_value)
+        texts = {name: columns[name][i] for name in names}
+        example["outputs"] = outputs_of(tokenizer, example["source"], texts, cap, numbers)
+    source = f"the reward function {s.reward}" if reward_function.is_function(s.reward) else "the reward model"
+    return examples, (
+        f"Outputs are encoded again from their texts; one of {cap} tokens or more counts as cut by the cap. A token's "
+        f"reward is its score by {source}, minus {s.length_penalty:g} beyond the reference's length"
+        f"{', without the cost of KL' if s.kl_coef else ''}. "
+        + (f"Advantages: equation 2, gamma {s.gamma:g}, lambda {s.lam:g}." if has_value else "There is no value model.")
+    )
 
 
-def settings_of(run, command):
-    """The settings that a stage of the run was made with; the defaults where the stage is not there."""
-    file = settings_file(run / command)
-    found = read_settings(str(file), command) if file.is_file() else {}
-    return COMMANDS[command](**found)
-
-
-def reward_of_run(run, settings):
-    """PPO's settings with a `reward` that can be opened, "" where there is none.
-
-    A function, or a folder that exists: the run may have been moved since.
+def outputs_of(tokenizer, source, texts, cap, numbers):
+    """The outputs for one input, as `examine` returns them. texts: {name: text}, the reference first; numbers: list of
+    Datum -> the numbers of each.
     """
-    if reward_function.is_function(settings.reward):
-        return settings
-    for folder in (Path(settings.reward or run / "reward"), run / "reward"):
-        if folder.is_dir():
-            return replace(settings, reward=str(folder))
-    return replace(settings, reward="")
-
-
-def tokens_of(tokenizer, texts, raw, cap):
-    """{name: {"tokens": [{"id", "text"}], "cut"}}: texts as token ids, with EOS unless the cap cut them.
-
-    raw: the texts before cleaning. What cleaning has shortened at its end was not cut there by the cap.
-    """
+    ids = {name: tokenizer.encode(text) for name, text in texts.items()}
+    cut = {name: name != "reference" and len(ids[name]) >= cap for name in texts}
+    prompt = tokenizer.prompts([source])[0]
+    responses = [ids[name] + [tokenizer.eos] * (not cut[name]) for name in texts]
+    rows = [data.Datum("", source, texts["reference"], prompt, response) for response in responses]
     outputs = {}
-    for name, text in texts.items():
-        full = len(tokenizer.encode(raw[name])) >= cap
-        cut = full and name != "reference" and raw[name].strip().endswith(text.strip())
-        tokens = pieces(tokenizer, tokenizer.encode(text))
-        if not cut:
-            tokens.append({"id": tokenizer.eos, "text": "EOS", "end": True})
-        outputs[name] = {"tokens": tokens, "cut": cut}
+    for name, found in zip(texts, numbers(rows), strict=True):
+        tokens = [{"text": text} for text in pieces(tokenizer, ids[name])]
+        if not cut[name]:
+            tokens.append({"text": "EOS", "end": True})
+        for token, *of_token in zip(tokens, *found.values(), strict=True):
+            token["numbers"] = dict(zip(found, of_token, strict=True))
+        outputs[name] = {"tokens": tokens, "cut": cut[name]}
     return outputs
 
 
-def pieces(tokenizer, ids):
-    """[{"id", "text"}]: the text that each token adds. A character of several tokens comes with its last one."""
-    tokens = []
-    done = ""
-    for t in range(1, len(ids) + 1):
-        now = tokenizer.decode(ids[:t])
-        complete = now.startswith(done) and (t == len(ids) or not now.endswith("\ufffd"))
-        tokens.append({"id": ids[t - 1], "text": now[len(done) :] if complete else ""})
-        if complete:
-            done = now
-    return tokens
-
-
-def decoded(output):
-    """The text of an output's tokens, EOS apart."""
-    return "".join(token["text"] for token in output["tokens"] if "end" not in token)
-
-
-def add_numbers(s, llama, tokenizer, source, texts, outputs, score, has_value):
-    """Add to every token of one input's outputs the numbers that PPO, with settings s, would learn from.
-
+def numbers_of(s, llama, score, has_value, rows):
+    """[{name: a number a token}] of each Datum, that PPO with settings s would learn from; the first is the reference.
     score: Batch -> (B, T), as the PPO loop has it.
     """
-    reference = len(outputs["reference"]["tokens"])
-    prompt = tokenizer.prompts([source])[0]
-    rows = []
-    for output in outputs.values():
-        response = [token["id"] for token in output["tokens"]]
-        rows.append(data.Datum("", source, texts["reference"], prompt, response))
     batch = data.collate(rows, llama.device)
-    batch = replace(batch, ref_len=torch.full_like(batch.ref_len, reference))
+    batch = replace(batch, ref_len=torch.full_like(batch.ref_len, len(rows[0].response)))
     with torch.inference_mode():
         scores = score(batch)  # (B, T)
         value = torch.zeros_like(scores)
@@ -127,26 +103,14 @@ def add_numbers(s, llama, tokenizer, source, texts, outputs, score, has_value):
             value = ppo.fill(batch.mask, llama.scalar(h, "value"))  # (B, T)
         reward = ppo.token_rewards(batch, scores, s.length_penalty, s.reward_clamp)  # (B, T)
         traj = ppo.trajectory(batch, value, value, reward, s.gamma, s.lam)
-    penalty = ppo.length_penalty(batch, s.length_penalty)
-    found = {"reward": traj.reward, "score": scores, "penalty": penalty, "return": traj.ret}
-    if has_value:
-        found |= {"value": value, "advantage": traj.adv}
-    for b, output in enumerate(outputs.values()):
-        output["reference"] = reference
-        for name, numbers in found.items():
-            for token, x in zip(output["tokens"], numbers[b][batch.mask[b]].tolist(), strict=True):
-                token[name] = x
+    found = {"reward": reward, "score": scores, "penalty": ppo.length_penalty(batch, s.length_penalty)}
+    found |= {"value": value, "advantage": traj.adv} if has_value else {}
+    found["return"] = traj.ret
+    return [{name: x[b][mask].tolist() for name, x in found.items()} for b, mask in enumerate(batch.mask)]
 
 
-def note_of(s, same, outputs, cap, has_value):
-    """What the numbers are based on, for the page."""
-    source = "the reward function " + s.reward if reward_function.is_function(s.reward) else "the reward model"
-    kl = ", without the cost of KL" if s.kl_coef else ""
-    values = f"Advantages: equation 2, gamma {s.gamma:g}, lambda {s.lam:g}."
-    if not has_value:
-        values = "There is no value model in this run."
-    return (
-        f"The outputs were encoded again from their texts: {same} of {outputs} give the same text back, and one of "
-        f"{cap} tokens or more counts as cut by the cap. A token's reward is its score by {source}, minus "
-        f"{s.length_penalty:g} beyond the reference's length{kl}. {values}"
-    )
+def pieces(tokenizer, ids):
+    """The text that each token adds; a character of several tokens comes with its last one."""
+    text = tokenizer.decode(ids)
+    ends = [len(tokenizer.decode(ids[:t]).rstrip("\ufffd")) for t in range(len(ids))] + [len(text)]
+    return [text[start:end] for start, end in pairwise(accumulate(ends, max))]

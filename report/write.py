@@ -1,37 +1,62 @@
-"""Read what a run's folder contains, finished or not, and write report.html beside it."""
+"""Read a run's folder, finished or not, and write report.html into it: one file that loads nothing, without scripts."""
 
+from itertools import chain
 from pathlib import Path
 
-from formats.files import read_json
-from interface.folders import commit, settings_file
+import jinja2
+import numpy as np
+
+import eval as evaluation
+from interface.folders import commit
 from interface.inputs import subsample
 from interface.plan import end_dry_run
 from interface.results import read_lines, read_outputs, read_scores
-from report import page
-from report.charts import STAGES
-from report.examine import examine
+from report.charts import curves, histograms, number
+from report.examine import examine, settings_of
 from safety.files import clear, sync
 from safety.terminal import say, visible
 from safety.validation import BEST
 
 
 def write(settings):
-    """One HTML file about everything in the run's folder. settings: interface.settings.Report."""
+    """One HTML file about everything in the run's folder. settings: interface.commands.Report."""
     run = Path(settings.output_dir)
-    sections = sections_of(settings, run)
-    if not sections:
+    sections = {"curves": curves_of(run)}
+    if (run / "eval").is_dir():
+        found, _ = read_scores(run / "eval")
+        columns = read_outputs(run / "eval")
+        texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
+        sections["tables"] = (*evaluation.cells(*found, settings.beside), found[2]["bleurt"])
+        sections["lengths"] = (len(columns["id"]), *histograms(texts, found[2].get("rouge_tokenizer", "ascii")))
+        if settings.examples:
+            rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)
+            sections["examples"] = gallery(*examine(settings, columns, rows))
+    elif not sections["curves"]:
         command = f"python lastmile.py reward --data {settings.data} --output-dir {run}"
         raise FileNotFoundError(f"{run}: no stage has run there yet; run: {command}")
     end_dry_run(settings)
-    save(run / "report.html", Path(settings.data).stem, f"{run}, reported by lastmile {commit()}", sections)
+    facts = f"{run}, reported by lastmile {commit()}"
+    save(run / "report.html", render(Path(settings.data).stem, facts, **sections))
 
 
-def save(file, title, facts, sections):
+def render(title, facts, **sections):
+    """The page, with those of the sections curves, tables, lengths and examples that the run has.
+
+    Autoescape: no text of a model or of the data can open a tag or an attribute.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    sections = dict.fromkeys(("curves", "tables", "lengths", "examples")) | sections
+    return environment.get_template("page.html").render(title=title, facts=facts, sections=sections, number=number)
+
+
+def save(file, html):
     """Write a page, whole or not at all."""
-    content = visible(page.page(title, facts, sections))  # parts of it come from the data
     hidden = file.with_name(f".{file.name}")
     try:
-        hidden.write_text(content, encoding="utf-8")
+        hidden.write_text(visible(html), encoding="utf-8")
         sync(hidden)
         hidden.rename(file)
     finally:
@@ -39,51 +64,48 @@ def save(file, title, facts, sections):
     say(f"The report is in {file.resolve()}; open it in a browser")
 
 
-def sections_of(settings, run):
-    """The sections that the run has contents for."""
-    sections = []
-    stages = logs_of(run)
-    if stages:
-        sections.append(page.curves(stages, BEST, {stage for stage in stages if keeps_best(run / stage)}))
-    if (run / "eval").is_dir():
-        found, _ = read_scores(run / "eval")
-        columns = read_outputs(run / "eval")
-        texts = {name: column for name, column in columns.items() if name not in ("id", "source")}
-        sections.append(page.tables(*found, settings.beside))
-        sections.append(page.lengths(texts, found[2].get("rouge_tokenizer", "ascii")))
-        if settings.examples:
-            rows = subsample(settings, "report", list(range(len(columns["id"]))), settings.examples)
-            sections.append(page.gallery(*examine(settings, columns, rows)))
-    return sections
+# ----------------------------------------------------------------------------------------------------------------------
+# What page.html shows of a run
 
 
-def keeps_best(folder):
-    """Whether a finished stage ended with the adapter of its best validation."""
-    file = settings_file(folder)
-    return file.is_file() and read_json(file).get("keep") == "best"
+def curves_of(run):
+    """[(stage, steps, charts)]. A stage that still runs, or was stopped, shows what it has."""
+    found = []
+    for stage in ("pretrain", "reward", "mle", "ppo"):
+        lines = log_of(run / stage) or log_of(run / f"{stage}.partial")
+        if lines:
+            kept = getattr(settings_of(run, stage), "keep", "") == "best"
+            found.append((stage, len(lines), curves(lines, BEST.get(stage), kept)))
+    return found
 
 
-def logs_of(run):
-    """{stage: the lines of its metrics.jsonl, with what was validated after a step in the step's line}.
-
-    A stage that still runs, or was stopped, shows what it has.
-    """
-    stages = {}
-    for stage in STAGES:
-        for folder in (stage, f"{stage}.partial"):
-            file = run / folder / "metrics.jsonl"
-            lines = read_lines(file) if file.is_file() else []
-            if lines:
-                add_validations(lines, file.with_name("validation.jsonl"))
-                stages[stage] = lines
-                break
-    return stages
-
-
-def add_validations(lines, file):
-    """Add the numbers of validation.jsonl to the lines of the steps after which they were measured."""
+def log_of(folder):
+    """The lines of metrics.jsonl; numbers of validation.jsonl are added to the line of the step before them."""
+    logs = [folder / name for name in ("metrics.jsonl", "validation.jsonl")]
+    lines, validations = [read_lines(log) if log.is_file() else [] for log in logs]
     by_step = {line.get("step"): line for line in lines}  # a log may begin late: of a checkpoint saved without it
-    for found in read_lines(file) if file.is_file() else []:
+    for found in validations:
         done = found.pop("step", None)
         if isinstance(done, int):
             by_step.get(done - 1, {}).update(found)
+    return lines
+
+
+def gallery(examples, note):
+    """(examples, note, scales) of report.examine, with a CSS style for each token: --r, --v and --a from -1 to 1.
+
+    scales: {number: (middle, reach)}. The reward model learns 1 for true tokens and 0 for false ones, so its middle is
+    0.5. Values and advantages have no such scale: a tenth of the tokens is beyond their reach.
+    """
+    outputs = chain.from_iterable(example["outputs"].values() for example in examples)
+    tokens = list(chain.from_iterable(output["tokens"] for output in outputs))
+    scales = {}
+    for name in ("reward", "value", "advantage"):
+        values = np.array([token["numbers"][name] for token in tokens if name in token.get("numbers", {})])
+        if not len(values):
+            continue
+        middle, reach = (0.5, 0.5) if name == "reward" else (0, max(np.quantile(abs(values), 0.9), 1e-6))
+        scales[name] = middle, reach
+        for token, x in zip(tokens, ((values - middle) / reach).clip(-1, 1), strict=True):
+            token["style"] = f"{token.get('style', '')}--{name[0]}:{x:.2f};"
+    return examples, note, scales

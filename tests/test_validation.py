@@ -183,4 +183,4 @@ def test_the_report_draws_validation(train):
     assert lastmile.main(["report", "--output-dir", str(train.folder), "--examples", "0"]) == 0
     page = (train.folder / "report.html").read_text()
     last = validations(train.folder / "mle")[-1]["val_loss"]
-    assert "val_loss over 7 steps" in page and f"to {last:.3g}" in page and "val_return" not in page
+    assert "<b>val_loss</b>" in page and f"at the end {last:.3g}" in page and "val_return" not in page
