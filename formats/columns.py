@@ -68,7 +68,7 @@ def find_layout(where, row, names):
     else:
         found = [(name, target_of(where, columns, row, name)) for name in conversations(columns, row)]
         found += pairs_among(columns, row)
-        main, target = only(where, row, found, "pair of columns", "input and the target column")
+        main, target = only(where, row, found, "pair of columns fits", "input and the target column")
         parts, target = with_context(columns, main), columns[target]
     label = columns.get("kto_tag")
     if "label" in columns:
@@ -89,7 +89,7 @@ def find_inputs(where, row, names):
     found = conversations(columns, row) + [name for name in dict(PAIRS) if name in columns]
     if "instruction" in found:
         found = [name for name in found if name in CONTEXTS] or ["instruction"]
-    return with_context(columns, only(where, row, found, "column", "input column", target=False))
+    return with_context(columns, only(where, row, found, "column may be the input", "input column", target=False))
 
 
 def lower_names(where, row):
@@ -119,7 +119,7 @@ def only(where, row, found, what, which, target=True):
     if len(found) == 1:
         return found[0]
     flags = "them: --input-column NAME --target-column NAME" if target else "it: --input-column NAME"
-    problem = f"more than one {what} fits" if found else f"cannot tell the {which}"
+    problem = f"more than one {what}" if found else f"cannot tell the {which}"
     raise UserError(f"{where}: {problem} among {', '.join(map(str, row))}; name {flags}{hint_of_delimiter(row)}")
 
 

@@ -141,7 +141,9 @@ def load(folder):
         check_sentencepiece(file)
     with one_line(file):
         from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()
         kind = AutoConfig.for_model(model.get("model_type", "llama"), tokenizer_class=model.get("tokenizer_class"))
         found = AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
         raw = json.loads(found.backend_tokenizer.to_str())
