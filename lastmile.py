@@ -53,7 +53,7 @@ from beyond import best_of, reward_function
 from beyond.samples import add_negatives, check_missing
 from formats.errors import UserError
 from interface import results, use
-from interface.folders import command, require, stage_folder
+from interface.folders import command, stage_folder
 from interface.inputs import (
     adapter_hashes,
     adapter_names,
@@ -62,6 +62,7 @@ from interface.inputs import (
     load_rows,
     new_adapter,
     open_base,
+    open_judge,
     open_reward,
     start_adapter,
     subsample,
@@ -304,6 +305,8 @@ def train_reward(settings):
             validate=validation.of_reward(settings, llama, heldout),
         )  # fmt: skip
         write_json(folder / "heldout.json", validation.reward_report(settings, llama, heldout))
+        if settings.best_of:
+            compare_picks(settings, llama, tokenizer, heldout)
         save_trained(settings, llama, tokenizer, "reward", folder)
 
 
@@ -322,6 +325,15 @@ def rows_with_negatives(settings, llama, tokenizer, names):
     heldout = add(heldout, "validation")
     check_missing(settings, rows, names)
     return rows, heldout
+
+
+def compare_picks(settings, llama, tokenizer, heldout):
+    """Print whether the reward model's best of N outputs of MLE, or else of the base, beats greedy answers."""
+    mle = Path(settings.output_dir) / "mle"
+    adapter = load_named(settings, llama, "mle" if mle.exists() else "base")
+    score = partial(ppo.reward_scores, llama, level=settings.level)
+    rows = [row for row in heldout if row.kind == "positive"]
+    best_of.show(settings, best_of.compare(settings, llama, tokenizer, rows, score, adapter, settings.best_of))
 
 
 def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", micro_batch_size=0, shared=False):
@@ -517,23 +529,6 @@ def train_missing_reward(settings):
     gc.collect()  # the layers of its base refer to each other: or there would be two bases in memory
 
 
-def open_judge(settings, llama, tokenizer, rows):
-    """`open_reward` of a reward that must be there."""
-    if not reward_function.is_function(settings.reward):
-        require(settings.reward, "reward", settings)
-    return open_reward(settings, llama, tokenizer, rows)
-
-
-def judge_reward(settings):
-    """Best of N by the reward model, beside greedy answers, one sample and the oracle, on validation examples."""
-    llama, tokenizer = open_base(settings)
-    adapter = load_named(settings, llama, settings.adapter)
-    rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
-    score, _ = open_judge(settings, llama, tokenizer, rows)
-    end_dry_run(settings, llama, rows)
-    best_of.show(settings, best_of.compare(settings, llama, tokenizer, rows, score, adapter, settings.best_of))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation (paper, 4)
 
@@ -577,7 +572,7 @@ COMMANDS = {
     "reward": train_reward,
     "mle": train_mle,
     "ppo": train_ppo,
-    "judge": judge_reward,
+    "judge": use.judge,
     "eval": evaluate,
     "tables": use.show_tables,
     "report": write_report,

@@ -21,6 +21,7 @@ from safety.terminal import progress, say
 METRIC = "la-rouge1-F1"
 SHOWN = (METRIC, "la-rouge2-F1", "la-rougeL-F1", "exact", "excess_length")
 BATCH_SIZE = 32  # outputs in one sampling batch
+LENGTH_PENALTY = 2.5  # for each token beyond the reference, as PPO's default
 
 
 def sampled(settings, llama, rows, adapter, n):
@@ -66,7 +67,7 @@ def compare(settings, llama, tokenizer, rows, score, adapter, n):
         tokenizer.decode, progress("greedy"),
     )  # fmt: skip
     groups = sampled(settings, llama, rows, adapter, n)
-    means, returns = judged(settings, rows, groups, score, settings.length_penalty)
+    means, returns = judged(settings, rows, groups, score, LENGTH_PENALTY)
     texts = [tokenizer.decode(response) for responses in groups for response in responses]
     words = choose_tokenizer([row.target for row in rows])
     measured = measure(texts, [row.target for row in rows for _ in range(n)], words)

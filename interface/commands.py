@@ -65,7 +65,6 @@ class Judge(Common):
     best_of: int = opt(8, "samples of each input", least=2)
     split: str = opt("validation", "examples to answer", choices=("train", "validation", "test"))
     eval_examples: int = opt(200, "random subset of them", least=2)
-    length_penalty: float = opt(2.5, "as of ppo", least=0)
 
 
 @dataclass(frozen=True)

@@ -293,3 +293,10 @@ def reward_facts(folder):
         if found[name] not in choices:
             raise UserError(f"{file}: {name} {found[name]!r} is neither {' nor '.join(choices)}; correct the file")
     return found["level"], found["head"]
+
+
+def open_judge(settings, llama, tokenizer, rows):
+    """As `open_reward`, of a reward that must be there."""
+    if not reward_function.is_function(settings.reward):
+        require(settings.reward, "reward", settings)
+    return open_reward(settings, llama, tokenizer, rows)

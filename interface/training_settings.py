@@ -93,6 +93,7 @@ class Reward(Training):
         "off", "more negatives: the truth with one edit; judge its span, or the whole sequence (beyond P)",
         choices=("off", "span", "sequence"),
     )  # fmt: skip
+    best_of: int = free(0, "compare the best of so many outputs with greedy ones after training: judge", least=0)
     samples: str = opt("", "more negatives: answers of these to the same inputs: base, mle, policy (beyond P)")
     rounds: int = opt(1, "rounds of freshly drawn negatives, each used once (beyond P)", least=1)
 

@@ -10,12 +10,22 @@ import torch.nn as nn
 
 import data
 import model
+from beyond import best_of
 from formats.columns import encodable, strip
 from formats.errors import UserError
 from formats.tables import read_inputs
 from interface import results
 from interface.folders import require, stage_folder
-from interface.inputs import adapter_folder, context_left, load_listed, load_named, load_trained, open_base
+from interface.inputs import (
+    adapter_folder,
+    context_left,
+    load_listed,
+    load_named,
+    load_rows,
+    load_trained,
+    open_base,
+    open_judge,
+)
 from interface.outputs import save_model, write_card
 from interface.plan import end_dry_run
 from interface.predictions import Predictions, row_uniform
@@ -178,3 +188,13 @@ def show_tables(settings):
     end_dry_run(settings)
     (folder / "tables.md").write_text(f"{text}\n", encoding="utf-8")
     say(f"\nAll results are in {Path(settings.output_dir).resolve()}; these tables in {folder / 'tables.md'}")
+
+
+def judge(settings):
+    """Best of N by the reward model, beside greedy answers, one sample and the oracle, on validation examples."""
+    llama, tokenizer = open_base(settings)
+    adapter = load_named(settings, llama, settings.adapter)
+    rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
+    score, _ = open_judge(settings, llama, tokenizer, rows)
+    end_dry_run(settings, llama, rows)
+    best_of.show(settings, best_of.compare(settings, llama, tokenizer, rows, score, adapter, settings.best_of))

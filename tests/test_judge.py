@@ -3,6 +3,7 @@ best of N.
 """
 
 import json
+import re
 from functools import partial
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_best_of_takes_what_the_judge_prefers(run_folder):
     def score(batch):
         return (batch.tokens == token).float() * batch.mask
 
-    settings = partial(dict, seed=1, device="cpu", max_new_tokens=20, length_penalty=2.5)
+    settings = partial(dict, seed=1, device="cpu", max_new_tokens=20)
     settings = type("Settings", (), settings())
     groups = [[[token] * 3, [7], [8, token], [9]]] * len(positives)
     mean, total = best_of.judged(settings, positives, groups, score)
@@ -179,6 +180,17 @@ def test_best_of_takes_what_the_judge_prefers(run_folder):
     assert found["greedy"]["excess_length"].tolist() == expected
     oracle = found["best of 4 by la-rouge1-F1 (oracle)"]["la-rouge1-F1"]
     assert all((oracle >= found[name]["la-rouge1-F1"]).all() for name in found if name.startswith("best of"))
+
+
+def test_the_reward_stage_says_it_too(fresh_run, capsys):
+    """`reward --best-of N` ends with the line of `judge`, on MLE's outputs; training is what it is without the flag."""
+    assert fresh_run("mle", *SMALL) == 0
+    assert fresh_run("reward", *SMALL) == 0
+    expected = learned(fresh_run.folder / "reward")
+    capsys.readouterr()
+    assert fresh_run("reward", *SMALL, "--best-of", 2, "--overwrite") == 0
+    assert len(re.findall("^judge: best of 2 by the .* greedy by", capsys.readouterr().out, re.M)) == 2
+    assert learned(fresh_run.folder / "reward") == expected
 
 
 def test_agreement_prefers_what_most_say():
@@ -223,7 +235,7 @@ def test_picked_rows_are_the_judge_s(run_folder):
     """Each row keeps its prompt, and its response is the sample of the highest mean score."""
     llama, tokenizer = model.load(run_folder / "base"), data.load_tokenizer(run_folder / "base")
     positives, _ = data.encode(data.toy("validation")[:5], tokenizer)
-    settings = type("Settings", (), dict(seed=1, device="cpu", max_new_tokens=12, length_penalty=2.5))
+    settings = type("Settings", (), dict(seed=1, device="cpu", max_new_tokens=12))
 
     def score(batch):
         return (batch.tokens % 7).float() * batch.mask
