@@ -4,6 +4,7 @@ A SentencePiece tokenizer.model is converted; where a folder has both files, tok
 """
 
 import io
+import itertools
 import json
 import os
 import re
@@ -104,8 +105,25 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of a list of ids, up to the first EOS. Ids beyond the vocabulary are skipped: models may be padded."""
+        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
         with one_line(self.file):
-            return self.with_prefix.decode(ids[: ids.index(self.eos)] if self.eos in ids else ids)
+            text = self.with_prefix.decode(ids)
+            if "\ufffd" not in text or "<0x01>" not in self.vocabulary:
+                return text
+            # One byte that is no UTF-8 makes the library drop all bytes beside it: decode each run of them here.
+            mark, runs, kept = self.vocabulary["<0x01>"], [], []
+            for is_byte, run in itertools.groupby(ids, self.bytes.__contains__):
+                run = list(run)
+                kept += [mark] if is_byte else run
+                runs += [bytes(self.bytes[i] for i in run).decode(errors="replace")] if is_byte else []
+            parts = self.with_prefix.decode(kept).split("\x01")
+        return "".join(part + run for part, run in itertools.zip_longest(parts, runs, fillvalue=""))
+
+    @cached_property
+    def bytes(self):
+        """{id: byte} of the pieces that are one byte."""
+        found = [(i, re.fullmatch("<0x([0-9A-F]{2})>", piece)) for piece, i in self.vocabulary.items()]
+        return {i: int(match[1], 16) for i, match in found if match}
 
     @cached_property
     def ordinary(self):
