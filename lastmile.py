@@ -62,7 +62,6 @@ from interface.inputs import (
     load_rows,
     new_adapter,
     open_base,
-    open_judge,
     open_reward,
     start_adapter,
     subsample,
@@ -379,7 +378,7 @@ def train_mle(settings):
         heldout = validation_rows(settings, llama, tokenizer, settings.eos_in_labels)
         depends_on = start_adapter(settings, llama, "mle", stream="lora")
         if settings.best_of:
-            score, facts = open_judge(settings, llama, tokenizer, rows)
+            score, facts = open_reward(settings, llama, tokenizer, rows)
             rows = rows + best_of.picked(settings, llama, rows, score, "mle", settings.best_of)
             depends_on |= facts
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)

@@ -271,9 +271,10 @@ def open_reward(settings, llama, tokenizer, rows=()):
         score = partial(reward_function.word_scores, function, decode=tokenizer.decode)
         return score, {"reward function": f"{settings.reward} {digest(file) if file else ''}"}
     folder = Path(settings.reward)
-    if not folder.exists():  # a dry run, before there is a reward model
+    if settings.dry_run and not folder.exists():
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")
         return partial(ppo.reward_scores, llama), {}
+    require(folder, "reward", settings)
     level, head = reward_facts(folder)
     load_trained(llama, "reward", folder, head=head == "scalar")
     facts = {"reward adapter": adapter_hash(folder), "reward level": level}
@@ -293,10 +294,3 @@ def reward_facts(folder):
         if found[name] not in choices:
             raise UserError(f"{file}: {name} {found[name]!r} is neither {' nor '.join(choices)}; correct the file")
     return found["level"], found["head"]
-
-
-def open_judge(settings, llama, tokenizer, rows):
-    """As `open_reward`, of a reward that must be there."""
-    if not reward_function.is_function(settings.reward):
-        require(settings.reward, "reward", settings)
-    return open_reward(settings, llama, tokenizer, rows)

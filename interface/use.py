@@ -24,7 +24,7 @@ from interface.inputs import (
     load_rows,
     load_trained,
     open_base,
-    open_judge,
+    open_reward,
 )
 from interface.outputs import save_model, write_card
 from interface.plan import end_dry_run
@@ -195,6 +195,6 @@ def judge(settings):
     llama, tokenizer = open_base(settings)
     adapter = load_named(settings, llama, settings.adapter)
     rows = load_rows(settings, settings.split, llama, tokenizer, settings.eval_examples)
-    score, _ = open_judge(settings, llama, tokenizer, rows)
+    score, _ = open_reward(settings, llama, tokenizer, rows)
     end_dry_run(settings, llama, rows)
     best_of.show(settings, best_of.compare(settings, llama, tokenizer, rows, score, adapter, settings.best_of))
