@@ -6,7 +6,7 @@ import re
 from dataclasses import fields
 
 from interface.commands import COMMANDS
-from interface.settings import flag
+from safety.terminal import flag
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text"}
 LARGEST = 1e30  # of a setting without a limit of its own: fp32 holds it

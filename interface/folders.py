@@ -20,11 +20,11 @@ from formats import tables
 from formats.errors import UserError
 from formats.llama_folder import is_model
 from interface.outputs import check_push, push
-from interface.settings import LLAMA2, changed, flag
+from interface.settings import LLAMA2, changed
 from safety import ranks
 from safety.checkpoint import checkpoints
 from safety.files import clear, sync, write_json
-from safety.terminal import say
+from safety.terminal import flag, say
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,11 +19,11 @@ from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
 from formats.tables import PRESETS
 from interface.folders import require, settings_file
-from interface.settings import LORA, changed, flag
+from interface.settings import LORA, changed
 from interface.training_settings import Reward
 from safety.checkpoint import adapter_hash, model_hash
 from safety.files import digest
-from safety.terminal import say, warn
+from safety.terminal import flag, say, warn
 
 MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "template.txt", "vocab.txt", "merges.txt", "README.md"]
 MAKERS = {"base": "quantize", "pretrain": "pretrain"}  # folder of a run: the command that makes the model in it

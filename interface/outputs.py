@@ -9,10 +9,10 @@ from formats.files import read_json
 from formats.hub import HUB_ID, on_hub
 from formats.llama_folder import copy_companions, is_model
 from formats.tables import PRESETS
-from interface.settings import LORA, changed, flag
+from interface.settings import LORA, changed
 from safety import ranks
 from safety.checkpoint import result_settings
-from safety.terminal import say, warn
+from safety.terminal import flag, say, warn
 
 TITLES = {
     "reward": "a token-level reward model",

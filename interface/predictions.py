@@ -19,12 +19,11 @@ import torch
 from data import stream_seed
 from formats.errors import UserError
 from interface.inputs import adapter_folder
-from interface.settings import flag
 from safety import ranks
 from safety.checkpoint import adapter_hash
 from safety.files import sync, write_json
 from safety.lines import Lines
-from safety.terminal import say
+from safety.terminal import flag, say
 
 
 def row_uniform(settings, rows):

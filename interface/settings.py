@@ -23,11 +23,6 @@ def opt(default, help, toy=None, least=None, above=None, most=None, choices=None
 free = partial(opt, result=False)  # a setting that changes no result, or that names a file whose contents are hashed
 
 
-def flag(name):
-    """batch_size -> --batch-size"""
-    return "--" + name.replace("_", "-")
-
-
 def changed(settings):
     """{name: value} of the settings that are not the defaults."""
     values = {f: getattr(settings, f.name) for f in fields(settings)}

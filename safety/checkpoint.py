@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from formats.errors import UserError
 from formats.llama_folder import is_model
 from safety.files import clear, digest, sync
+from safety.terminal import flag
 
 FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
 VERSION = 1  # of this layout
@@ -81,7 +82,7 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
     """
     found = {"stage": stage}
     for name, value in result_settings(settings).items():
-        found[as_flag(name)] = value
+        found[flag(name)] = value
     if base:
         found["base model"] = model_hash(base)
         found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
@@ -98,11 +99,7 @@ def result_settings(settings):
 
 def setting_defaults(settings):
     """What a fingerprint made before a setting existed implies for it: {name in a fingerprint: the default}."""
-    return {as_flag(f.name): f.default for f in fields(settings) if f.metadata["result"]}
-
-
-def as_flag(name):
-    return f"--{name.replace('_', '-')}"
+    return {flag(f.name): f.default for f in fields(settings) if f.metadata["result"]}
 
 
 def rows_hash(rows, names):

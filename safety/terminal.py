@@ -50,6 +50,11 @@ class Stream:
         pass
 
 
+def flag(name):
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
 def visible(text):
     """Text of unknown origin with its control characters escaped: they could command, or reorder, a terminal."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
