@@ -136,21 +136,22 @@ def check_push(settings):
     if not pushes(settings):
         return
     import requests
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub import constants, get_token
 
     name = HUB_ID.fullmatch(settings.push)
     if not name or name[2]:
         raise UserError(f"--push {settings.push}: is no repository of the Hub; name one as OWNER/NAME")
-    api = HfApi()
-    try:
-        api.whoami()
-    except LocalTokenNotFoundError:
-        raise UserError("--push: no token of the Hub; run .venv/bin/huggingface-cli login, or set HF_TOKEN") from None
-    except requests.HTTPError:
-        raise UserError("--push: the Hub refuses the token; make another and set HF_TOKEN") from None
+    token = get_token()
+    if not token:
+        raise UserError("--push: no token of the Hub; run .venv/bin/huggingface-cli login, or set HF_TOKEN")
+    hub = constants.ENDPOINT
+    try:  # HfApi().whoami() would wait forever for a server that does not answer
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = requests.get(f"{hub}/api/whoami-v2", headers=headers, timeout=10)
     except requests.RequestException:
-        raise UserError(f"--push: {api.endpoint} cannot be reached; connect, or upload later without --push") from None
+        raise UserError(f"--push: {hub} cannot be reached; connect, or upload later without --push") from None
+    if answer.status_code != 200:
+        raise UserError("--push: the Hub refuses the token; make another and set HF_TOKEN")
     is_adapter = getattr(settings, "tune", "full") == "lora"  # `merge` has no such setting: it pushes a whole model
     if is_adapter and not on_hub(settings.model):
         warn(f"--push: the base {settings.model} is a folder of this machine; who downloads an adapter needs it, too")
