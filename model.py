@@ -258,7 +258,7 @@ class Llama(nn.Module):
     """A Llama with named adapters and scalar heads.
 
     recompute: whether backward recomputes each block's activations instead of keeping them (--grad-checkpoint).
-    folder: that it was loaded from. hash: of its files, where the caller knows it; adapters remember their base by it.
+    folder: that it was loaded from. hash: of this model, where the caller knows it; adapters remember their base by it.
     template: the prompt of its tokenizer, where the caller knows it; adapters remember that, too.
     """
 

@@ -14,14 +14,16 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from formats.errors import UserError
-from formats.llama_folder import is_model
-from safety.files import clear, digest, sync
+from formats.llama_folder import is_model, read_config, weight_files
+from model import LlamaConfig
+from safety.files import clear, digest, pieces, sync
 
 FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
 VERSION = 1  # of this layout
@@ -113,9 +115,51 @@ def rows_hash(rows, names):
     return found.hexdigest()
 
 
+class ModelHash(str):
+    """The hash of a model. It also equals `old`, that of the same folder by the rule of older versions."""
+
+    old = None
+
+    def __eq__(self, other):
+        return str.__eq__(self, other) or other == self.old
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def model_hash(folder):
-    """SHA-256 of a model folder's weights and config."""
-    return digest(*sorted(folder.glob("*.safetensors")), folder / "config.json")
+    """SHA-256 of what a model computes with: the tensors that are read, and the fields of its config that count.
+
+    Other files and fields do not count, nor how the tensors are distributed over files.
+    """
+    config = asdict(LlamaConfig(**read_config(folder)))
+    config = {f.name: config[f.name] for f in fields(LlamaConfig) if config[f.name] != f.default}
+    tensors = tensor_hashes(folder)
+    if tensors.get("lm_head.weight") == tensors.get("model.embed_tokens.weight"):
+        tensors.pop("lm_head.weight", None)  # a tied head may be written twice
+    found = ModelHash(hashlib.sha256(json.dumps([config, tensors], sort_keys=True).encode()).hexdigest())
+    found.old = digest(*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json")
+    return found
+
+
+def tensor_hashes(folder):
+    """{name: SHA-256} of the tensors that a model folder is read from; of a tensor above 1 MiB, of 64 pieces of it."""
+    found = {}
+    for file in weight_files(Path(folder))[0]:
+        with open(file, "rb") as opened:
+            first = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(first - 8))
+            for name, tensor in header.items():
+                if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
+                    continue
+                hash = hashlib.sha256(f"{tensor['dtype']} {tensor['shape']}".encode())
+                start, end = tensor["data_offsets"]
+                for piece in pieces(opened, first + start, first + end, 1 << 20):
+                    hash.update(piece)
+                found[name] = hash.hexdigest()
+    return found
 
 
 def adapter_hash(folder):
