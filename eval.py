@@ -183,8 +183,9 @@ def auc(positive, negative):
 
     Example: auc([3, 2], [1, 2]) -> 0.875.
     """
-    positive, negative = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
-    return float((positive > negative).mean() + 0.5 * (positive == negative).mean())
+    ordered = np.sort(negative)
+    below, up_to = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
+    return float((below + up_to).mean() / 2 / len(ordered))  # how many negatives are below, ties counted half
 
 
 # ----------------------------------------------------------------------------------------------------------------------
