@@ -16,6 +16,7 @@ import itertools
 
 import numpy as np
 
+from formats.errors import name_row
 from formats.words import UnicodeTokenizer, choose_tokenizer, count_words
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
@@ -70,7 +71,9 @@ def predict(data, sample, batch_size, decode, progress=iter):
     texts = [None] * len(data)
     for start in progress(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        for i, response in zip(rows, sample([data[i].prompt for i in rows]), strict=True):
+        with name_row([(data[i].id, data[i].prompt) for i in rows]):
+            responses = sample([data[i].prompt for i in rows])
+        for i, response in zip(rows, responses, strict=True):
             texts[i] = decode(response)
     return texts
 

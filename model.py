@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
+from formats.errors import NotFinite
 from lora import LoRALinear, add_adapter, named_parameters, project, rows_of_indices
 from quant import quantize_blocks
 from speed import cpu, cpu_decoder
@@ -392,6 +393,19 @@ class Llama(nn.Module):
         ends = tuple(dict.fromkeys((*self.config.eos_token_id, token)))
         self.config = replace(self.config, eos_token_id=ends)
 
+    def tensor_not_finite(self):
+        """The name of a tensor with NaN or infinity, or None."""
+        tensors = llama_weights.checkpoint_tensors(self).items()
+        return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+    def why_not_finite(self):
+        """The cause of NaN or infinite activations, and the remedy, in words."""
+        if name := self.tensor_not_finite():
+            return f"{self.folder}: tensor {name} contains NaN or infinity; download or train the model again"
+        remedy = {torch.float16: "use --dtype bfloat16 or float32", torch.bfloat16: "use --dtype float32"}
+        remedy = remedy.get(self.dtype, "train with a smaller --learning-rate")
+        return f"activations beyond what {self.dtype} can represent; {remedy}"
+
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
@@ -447,6 +461,9 @@ def sample(
         # One number for every prompt: what a row draws does not depend on which other rows have ended.
         u = torch.rand(B, 1, generator=generator, device=device) if uniform is None else uniform[:, i : i + 1]
         u = u[row]  # (rows, 1)
+        finite = logits.amax(-1).isfinite() | done  # (rows,): the largest is NaN if any is
+        if not finite.all():
+            raise NotFinite(llama.why_not_finite(), prompts[int(row[~finite][0]) // copies])
         logits = shape(logits, temperature, top_k, top_p)  # (rows, V)
         token = logits.argmax(-1) if temperature == 0 else draw(logits, u)  # (rows,)
         answers[row, i] = token
