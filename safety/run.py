@@ -108,6 +108,7 @@ class Run:
         if best:
             names = sorted(name for name in tensors if name.startswith("best."))
             self.best = (*best, [tensors.pop(name) for name in names])
+        facts.pop("--eval-examples", None)  # counted in older versions
         if changed := changes(setting_defaults(self.settings) | facts, self.facts):
             raise UserError(
                 f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
