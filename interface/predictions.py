@@ -21,7 +21,7 @@ from formats.errors import UserError
 from interface.inputs import adapter_folder
 from interface.settings import flag
 from safety import ranks
-from safety.checkpoint import adapter_hash
+from safety.checkpoint import TOKENIZER_FILES, TOKENIZER_SETTINGS, adapter_hash, tokenizer_hash
 from safety.files import sync, write_json
 from safety.lines import Lines
 from safety.terminal import say
@@ -113,6 +113,7 @@ def facts_of_outputs(settings, inputs, llama, tokenizer, adapter):
     facts["the inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     facts["the model"] = llama.hash
     facts["the template"] = tokenizer.template
+    facts["the tokenizer"] = tokenizer_hash(llama.folder, TOKENIZER_FILES + TOKENIZER_SETTINGS)
     facts["the adapter"] = "none"
     if adapter != "base":
         facts["the adapter"] = adapter_hash(adapter_folder(settings, adapter))

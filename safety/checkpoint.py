@@ -28,6 +28,7 @@ from safety.files import clear, digest, pieces, sync
 FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
 VERSION = 1  # of this layout
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json")
 
 
 def checkpoints(folder):
@@ -86,7 +87,7 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
         found[as_flag(name)] = value
     if base:
         found["base model"] = model_hash(base)
-        found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
+        found["tokenizer"] = tokenizer_hash(base)  # its settings show in the ids of the rows
     found |= depends_on or {}
     texts = rows_hash(rows, ("id", "source", "target"))
     return found | {"data": texts, "prompt template or negatives": rows_hash(rows, ("kind", "prompt", "response"))}
@@ -113,6 +114,11 @@ def rows_hash(rows, names):
     for datum in rows:
         found.update(repr(tuple(getattr(datum, name) for name in names)).encode())
     return found.hexdigest()
+
+
+def tokenizer_hash(folder, names=TOKENIZER_FILES):
+    """SHA-256 of those of a tokenizer's files that a folder has."""
+    return digest(*(folder / name for name in names if (folder / name).is_file()))
 
 
 class ModelHash(str):

@@ -154,6 +154,15 @@ def test_another_work_s_file_is_kept(predict, inputs, tmp_path, capsys, flags, s
     assert said in capsys.readouterr().err and contents(tmp_path) == before
 
 
+def test_another_tokenizer_continues_no_file(predict, run_folder, inputs, tmp_path, capsys):
+    """It reads the inputs and writes the outputs; only its template was compared."""
+    shutil.copytree(run_folder / "base", tmp_path / "base")
+    assert predict("out.jsonl", "--model", tmp_path / "base") == 0
+    data.train_tokenizer([e.source for e in data.toy("test")], 700, tmp_path / "base")
+    assert predict("out.jsonl", "--model", tmp_path / "base") == 2
+    assert "differs from this call in the tokenizer;" in capsys.readouterr().err
+
+
 BAD = {  # flags after the good ones: what is said
     "mine.jsonl": (["--output", "mine.jsonl"], "exists and was not written by predict"),
     "a name": (["--output", "mine.csv"], "JSON lines; give it a name that ends in .jsonl"),
