@@ -11,6 +11,7 @@ stopped by Ctrl-C or SIGTERM. Every error that is not a bug is one line on stand
 import errno
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -149,9 +150,10 @@ def be_deterministic():
 
 # What a reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.
 SHARED_WITH_REWARD = (
-    "train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
+    "train_examples", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
     "keep_checkpoints", "max_time", "report_to", "deterministic",
 )  # fmt: skip
+ROWS_PER_EXAMPLE = 6  # of the reward stage: the true output and one negative of each class
 
 
 def reward_settings(ppo):
@@ -161,7 +163,11 @@ def reward_settings(ppo):
     if ppo.config and not ppo.config.endswith(".json"):  # a stage's config.json has that stage's settings alone
         given = read_settings(ppo.config, "reward", given)
     common = {f.name: getattr(ppo, f.name) for f in fields(Common)}
-    return resolve("reward", given | common)
+    found = resolve("reward", given | common)
+    if ppo.max_steps and not found.max_steps:  # the same number of examples
+        steps = ppo.max_steps * ppo.batch_size * ROWS_PER_EXAMPLE / found.batch_size
+        found = replace(found, max_steps=math.ceil(steps))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

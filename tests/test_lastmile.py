@@ -908,8 +908,9 @@ def test_ppo_refuses_an_init_of_another_base_first(fresh_run, trained, tmp_path,
 
 
 def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, capsys):
-    """`ppo` alone is `reward`, with that stage's own defaults and the same data, model, --max-steps and
-    --train-examples, and then `ppo`: the same bytes. It says so, and a [reward] table of the settings file counts.
+    """`ppo` alone is `reward`, with that stage's own defaults and the same data, model and --train-examples,
+    --max-steps for as many examples, and then `ppo`: the same bytes. It says so, and a [reward] table of the settings
+    file counts.
     """
     file = written(tmp_path, "[reward]\neval_examples = 4\nlora_r = 2\n[ppo]\nlora_r = 3\n")
     flags = [*SMALL, "--config", file, "--seed", 4]
@@ -917,12 +918,12 @@ def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, ca
     out, place = capsys.readouterr().out, fresh_run.folder
     assert f"ppo: no reward model in {place}/reward yet; training it first" in out
     settings = json.loads((place / "reward/config.json").read_text())
-    expected = dict(batch_size=14, epochs=1, learning_rate=2e-3, max_steps=2, train_examples=14, max_new_tokens=24)
+    expected = dict(batch_size=14, epochs=1, learning_rate=2e-3, max_steps=6, train_examples=14, max_new_tokens=24)
     expected |= dict(eval_examples=4, lora_r=2, seed=4, output_dir=str(place), model=f"{place}/base", stage="reward")
     assert {name: settings[name] for name in expected} == expected
     apart = ["--model", place / "base", "--output-dir", tmp_path / "apart"]
-    for stage in ("reward", "ppo"):
-        assert lastmile.main([stage, *map(str, [*flags, *apart])]) == 0
+    for stage, steps in (("reward", 6), ("ppo", 2)):  # 2 steps of 7 examples, each 6 rows of the reward model
+        assert lastmile.main([stage, *map(str, [*flags, *apart, "--max-steps", steps])]) == 0
         assert learned(tmp_path / "apart" / stage) == learned(place / stage)
     assert "training it first" not in capsys.readouterr().out
 
