@@ -71,9 +71,9 @@ class Run:
         self.tokens = 0  # processed since the start
         self.free_memory = FreeMemory()
         ranks.agree(self.facts)
-        self.loggers = open_loggers(settings, stage) if ranks.first() else []
         self.first = self.restore() if ranks.first() else 0
         self.take_over()
+        self.loggers = open_loggers(settings, stage, self.first) if ranks.first() else []
 
     # Resume
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -466,6 +467,7 @@ WANDB = """
 class Error(Exception): pass
 calls = []
 class Run:
+    id = "abc"
     def log(self, numbers, step): calls.append((step, numbers))
     def finish(self): calls.append("finish")
 def init(**settings):
@@ -491,6 +493,11 @@ def test_wandb_hears_every_step(fresh_run, tmp_path, monkeypatch):
         assert numbers.pop("tokens_per_second") > 0 and 0.1 < numbers.pop("peak_memory_gb") < 64
         assert {"step": step} | numbers == rows[step]
     assert len(steps) == len(rows)
+    assert fresh_run("mle", *TINY.split(), "--report-to", "wandb", "--overwrite", "--max-time", 1e-9) == 143
+    wandb.calls.clear()
+    assert fresh_run("mle", *TINY.split(), "--report-to", "wandb", "--overwrite", "--resume") == 0
+    assert wandb.calls[0]["id"] == "abc" and wandb.calls[0]["resume"] == "allow" and wandb.calls[1][0] == 1
+    assert "id" not in first
     assert (fresh_run.folder / "mle" / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -504,6 +511,20 @@ def test_tensorboard_hears_every_step(fresh_run):
     found = EventAccumulator(str(fresh_run.folder / "tensorboard" / "mle")).Reload()
     rows = [json.loads(line) for line in (fresh_run.folder / "mle" / "metrics.jsonl").read_text().splitlines()]
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+
+
+def test_tensorboard_shows_a_resumed_step_once(fresh_run, monkeypatch):
+    """Steps that a killed run had logged after its last checkpoint are logged again when it is resumed."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard: make setup")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*TINY.split(), "--report-to", "tensorboard", "--save-every", 1]
+    monkeypatch.setattr(lastmile, "save_trained", Mock(side_effect=MemoryError))
+    assert fresh_run("mle", *flags) == 4
+    shutil.rmtree(fresh_run.folder / "mle.partial/checkpoints/step-00000003")
+    assert fresh_run("mle", *flags, "--resume") == 4
+    found = EventAccumulator(str(fresh_run.folder / "tensorboard" / "mle")).Reload()
+    assert [e.step for e in found.Scalars("loss")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
