@@ -206,8 +206,6 @@ def pretrain(settings):
     """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
     s = settings
     dtype = getattr(torch, s.dtype)  # of the matrix products; weights and updates are fp32
-    if dtype == torch.float16:
-        raise UserError("--dtype float16: gradients vanish without loss scaling; use bfloat16 or float32")
     if s.hidden_size % (2 * s.num_attention_heads) or s.num_attention_heads % s.num_key_value_heads:
         raise UserError(
             f"--hidden-size {s.hidden_size} must be a multiple of twice the {s.num_attention_heads} heads, and these a "

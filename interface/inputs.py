@@ -224,8 +224,6 @@ def new_adapter(settings, llama, name, stream, head=None):
     if settings.tune == "full":
         if llama.config.quantization:
             raise UserError(f"--tune full: {settings.model} is 4-bit; name an unquantized model, or use --tune lora")
-        if settings.dtype == "float16":
-            raise UserError("--tune full --dtype float16: gradients vanish without loss scaling; use bfloat16")
         return llama.add_copy(name, rng, head)
     llama.add_adapter(name, settings.lora_r, settings.lora_alpha, settings.lora_targets.split(","), rng, head)
 
