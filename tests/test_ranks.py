@@ -4,6 +4,7 @@ The ranks are started as torchrun starts them, by its environment variables and 
 loopback device; one test goes through torchrun itself.
 """
 
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 import lastmile
 from formats.errors import UserError
-from safety import ranks
+from safety import ranks, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs commands one after the other, each by a store of its own, and ends with the largest of their codes.
@@ -292,3 +293,11 @@ def test_what_ranks_cannot_do_is_refused(monkeypatch, command, device, message):
             ranks.start(command, {"device": device})
     finally:
         ranks.finish()
+
+
+def test_only_the_first_rank_speaks(monkeypatch):
+    """Notes on columns and weights come from readers that know no ranks: eight ranks printed each eight times."""
+    monkeypatch.setattr(terminal.Shown, "anything", False)
+    stream = io.StringIO()
+    print("train: columns that are not used: id", file=terminal.Stream(stream))
+    assert not stream.getvalue()
