@@ -443,6 +443,17 @@ def test_ppo_learns_a_function(fresh_run, module):
     assert len(seen) == 45 * 16 + 2 and all(truth[source] == reference for source, reference, _ in seen)
 
 
+def test_a_function_in_a_file_named_as_ours(tmp_path, monkeypatch):
+    """`--reward model:f` is the user's model.py, although lastmile has a module of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "model.py").write_text("import mine\ndef f(source, reference, prediction):\n    return mine.number\n")
+    (tmp_path / "mine.py").write_text("number = 3\n")
+    function, file = reward_function.load("model:f")
+    assert function("", "", "") == 3 and file == tmp_path / "model.py"
+    assert sys.modules["model"] is lastmile.model
+
+
 def test_a_function_resumes(fresh_run, module, capsys):
     """Stopped and taken up again, with the same function, a run ends with the same bits; its file changed, or another
     function named, it is refused.
