@@ -257,6 +257,8 @@ class Run:
                 raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
             return warn(f"{place}: not saved ({error.strerror}); the run continues, older checkpoints remain")
         saved = checkpoints(self.folder)
+        if later := [old.name for old in saved if old > place]:
+            say(f"\n{self.stage}: removes {', '.join(later)}: this run was resumed from an earlier step")
         earlier = [old for old in saved if old <= place]  # later ones: damaged, or of a run that was taken back
         recent = earlier[-self.settings.keep_checkpoints :]
         clear(*(old for old in saved if old not in recent))
