@@ -160,6 +160,7 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
         update(0, act(0, batch), 0.0)
 
     end_dry_run(s, llama, rows, steps, optimizer.parameters, one_update)
+    llama.prepared = None  # the sampler's copy of the weights: the updates need its memory
     with Run(folder, stage, s, rows, optimizer, steps, llama.folder, **protection) as run:
         for step, index in enumerate(itertools.islice(order, run.first, steps), run.first):
             batch = data.collate([rows[i] for i in index], s.device)
