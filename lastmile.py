@@ -71,7 +71,7 @@ from interface.inputs import (
 )
 from interface.outputs import save_model, save_trained
 from interface.plan import end_dry_run
-from interface.predictions import continued, facts_of_outputs
+from interface.predictions import continued, facts_of_outputs, keeper
 from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
@@ -285,7 +285,7 @@ def train_reward(settings):
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        rows, heldout = rows_with_negatives(settings, llama, tokenizer, names)
+        rows, heldout = rows_with_negatives(settings, llama, tokenizer, names, folder)
         head = "normal" if settings.head == "scalar" else None
         depends_on = start_adapter(settings, llama, "reward", stream="lora", head=head)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
@@ -306,15 +306,15 @@ def train_reward(settings):
         save_trained(settings, llama, tokenizer, "reward", folder)
 
 
-def rows_with_negatives(settings, llama, tokenizer, names):
+def rows_with_negatives(settings, llama, tokenizer, names, folder):
     """(rows to train on, of all rounds; held-out rows), each true output followed by its negatives.
 
-    names: of base, mle and policy those whose samples are negatives, too.
+    names: of base, mle and policy those whose samples are negatives, too. folder: where these are kept for --resume.
     """
     labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
     heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
     samplers = {name: load_named(settings, llama, name) for name in names}
-    add = partial(add_negatives, settings, llama, tokenizer, samplers)
+    add = partial(add_negatives, settings, llama, tokenizer, samplers, keeper(settings, folder, llama, tokenizer))
     rows = []
     for round in range(settings.rounds):
         rows += add(labelled, "train", round)
@@ -367,7 +367,9 @@ def train_mle(settings):
         depends_on = start_adapter(settings, llama, "mle", stream="lora")
         if settings.best_of:
             score, facts = open_judge(settings, llama, tokenizer, rows)
-            rows = rows + best_of.picked(settings, llama, rows, score, "mle", settings.best_of)
+            sample = partial(best_of.sampled, settings, llama, rows, "mle", settings.best_of)
+            keep = keeper(settings, folder, llama, tokenizer)
+            rows = rows + best_of.picked(settings, rows, score, keep(settings.init, rows, "best_of", sample))
             depends_on |= facts
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])

@@ -12,6 +12,7 @@ batches, and with them the last bits of its logits, are those of a run never sto
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -101,6 +102,31 @@ def continued(sample, path, facts):
         return responses
 
     return sample_or_take
+
+
+def keeper(settings, folder, llama, tokenizer):
+    """A function (adapter, rows, name, make) -> make(), samples of the rows that a stage keeps until it ends.
+
+    A resumed run takes them from there: sampled again, on another machine, one token may differ.
+    """
+
+    def keep(adapter, rows, name, make):
+        facts = facts_of_outputs(settings, [(row.id, row.source) for row in rows], llama, tokenizer, adapter)
+        name += f"-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+        file = folder / "checkpoints" / name
+        found = None
+        if ranks.first():
+            with suppress(OSError, ValueError):
+                found = json.loads(file.read_text(encoding="utf-8"))
+        found = ranks.from_first(found)
+        if found is None:
+            found = make()
+            if ranks.first():
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps(found), encoding="utf-8")
+        return found
+
+    return keep
 
 
 def facts_of_outputs(settings, inputs, llama, tokenizer, adapter):

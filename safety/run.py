@@ -81,7 +81,7 @@ class Run:
         """Load the checkpoint that --resume names, or the latest valid one. Returns how many steps are done."""
         resume = self.settings.resume
         if not resume:
-            clear(self.folder / "checkpoints")
+            clear(*checkpoints(self.folder))
             return 0
         places = checkpoints(self.folder) if resume == "auto" else [Path(resume).resolve()]
         for place in reversed(places):
