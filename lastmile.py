@@ -55,6 +55,7 @@ from formats.errors import UserError
 from interface import results, use
 from interface.folders import command, require, stage_folder
 from interface.inputs import (
+    adapter_folder,
     adapter_hashes,
     adapter_names,
     load_examples,
@@ -66,12 +67,12 @@ from interface.inputs import (
     start_adapter,
     subsample,
     validation_rows,
-    warn_of_overlap,
     warn_of_short_groups,
 )
 from interface.outputs import save_model, save_trained
 from interface.plan import end_dry_run
 from interface.predictions import continued, facts_of_outputs, keeper
+from interface.trained_on import warn_of_other_data, warn_of_test_rows
 from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
@@ -287,7 +288,7 @@ def train_reward(settings):
         llama, tokenizer = open_base(settings)
         rows, heldout = rows_with_negatives(settings, llama, tokenizer, names, folder)
         head = "normal" if settings.head == "scalar" else None
-        depends_on = start_adapter(settings, llama, "reward", stream="lora", head=head)
+        depends_on = start_adapter(settings, llama, "reward", "lora", rows, head)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
 
@@ -303,7 +304,7 @@ def train_reward(settings):
             validate=validation.of_reward(settings, llama, heldout),
         )  # fmt: skip
         write_json(folder / "heldout.json", validation.reward_report(settings, llama, heldout))
-        save_trained(settings, llama, tokenizer, "reward", folder)
+        save_trained(settings, llama, tokenizer, rows, "reward", folder)
 
 
 def rows_with_negatives(settings, llama, tokenizer, names, folder):
@@ -364,9 +365,10 @@ def train_mle(settings):
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
         heldout = validation_rows(settings, llama, tokenizer, settings.eos_in_labels)
-        depends_on = start_adapter(settings, llama, "mle", stream="lora")
+        depends_on = start_adapter(settings, llama, "mle", "lora", rows)
         if settings.best_of:
             score, facts = open_judge(settings, llama, tokenizer, rows)
+            warn_of_other_data(settings.reward, rows)
             sample = partial(best_of.sampled, settings, llama, rows, "mle", settings.best_of)
             keep = keeper(settings, folder, llama, tokenizer)
             rows = rows + best_of.picked(settings, rows, score, keep(settings.init, rows, "best_of", sample))
@@ -381,7 +383,7 @@ def train_mle(settings):
             "mle", settings, folder, llama, rows, optimizer, update, depends_on=depends_on,
             validate=validation.of_mle(settings, llama, heldout),
         )  # fmt: skip
-        save_trained(settings, llama, tokenizer, "mle", folder)
+        save_trained(settings, llama, tokenizer, rows, "mle", folder)
 
 
 def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0, adapter="mle", dtype=torch.float32):
@@ -417,7 +419,8 @@ def train_ppo(settings):
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
         heldout = validation_rows(settings, llama, tokenizer)
         scorer, depends_on = open_reward(settings, llama, tokenizer, rows)
-        depends_on |= add_actors(settings, llama)
+        warn_of_other_data(settings.reward, rows)
+        depends_on |= add_actors(settings, llama, rows)
         policy, value = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         optimizer = Optimizer(policy, value, max_grad_norm=settings.max_grad_norm)
 
@@ -443,8 +446,8 @@ def train_ppo(settings):
             bar=["return", "reward", "length", "explained_variance"],
             validate=validation.of_ppo(settings, llama, tokenizer, scorer, heldout),
         )  # fmt: skip
-        save_trained(settings, llama, tokenizer, "policy", folder / "policy")
-        save_trained(settings, llama, tokenizer, "value", folder / "value")
+        save_trained(settings, llama, tokenizer, rows, "policy", folder / "policy")
+        save_trained(settings, llama, tokenizer, rows, "value", folder / "value")
 
 
 def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
@@ -496,9 +499,9 @@ def trajectory_of(llama, batch, logp, value, scorer, settings, log_kl=False, cou
     return ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl, s.whiten, total)
 
 
-def add_actors(settings, llama):
+def add_actors(settings, llama, rows=()):
     """Add the policy, new or from --init, and a new value. Returns {name: hash} of the adapter that --init names."""
-    depends_on = start_adapter(settings, llama, "policy", stream="policy")
+    depends_on = start_adapter(settings, llama, "policy", "policy", rows)
     new_adapter(settings, llama, "value", stream="value", head="zero")
     return depends_on
 
@@ -548,7 +551,9 @@ def evaluate(settings):
         adapters = {name: load_named(settings, llama, name) for name in names}
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         end_dry_run(settings, llama, rows)
-        warn_of_overlap(settings, rows)
+        for name in names:
+            if name != "base":
+                warn_of_test_rows(adapter_folder(settings, name), rows)
         greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
         inputs = [(row.id, row.source) for row in rows]

@@ -1337,3 +1337,26 @@ def test_gguf_is_called_by_its_name(tmp_path, where, capsys):
 def test_every_command_is_in_the_docstring():
     """`lastmile.py`'s first lines are its table of contents; predict was once missing there."""
     assert all(f"python lastmile.py {name} " in lastmile.__doc__ for name in lastmile.COMMANDS)
+
+
+def test_other_data_are_warned_of(fresh_run, tmp_path, capsys):
+    """Two data sets of one name share a run's folder: a reward model of the one then judged the other, without a word
+    before the hours. And what has trained an adapter is no test of it.
+    """
+    rows = [{"input": e.source, "output": e.target} for e in lastmile.data.toy("train")[:40]]
+    for name, first in (("one", 0), ("two", 20)):
+        (tmp_path / name).mkdir()
+        for split, start, end in (("train", first, first + 14), ("validation", 34, 40), ("test", 0, 3)):
+            text = "".join(json.dumps(row) + "\n" for row in rows[start:end])
+            (tmp_path / name / f"{split}.jsonl").write_text(text)
+    flags = ["--max-steps", 1, "--max-new-tokens", 24, "--eval-examples", 2, "--data"]
+    one, two = [*flags, tmp_path / "one"], [*flags, tmp_path / "two"]
+    assert fresh_run("reward", *one) == fresh_run("mle", *one) == fresh_run("ppo", *one, "--init", "mle") == 0
+    assert "trained on" not in capsys.readouterr().err
+    assert fresh_run("ppo", *two, "--init", "mle", "--overwrite") == 0
+    error = capsys.readouterr().err
+    for name in ("reward", "mle"):
+        assert f"{fresh_run.folder}/{name}: trained on other data: it has seen 0 of these 14 examples" in error
+    flags = ["--adapters", "base,mle", "--bleurt", "none", "--max-new-tokens", 24]
+    assert fresh_run("eval", *flags, "--data", tmp_path / "one") == 0
+    assert f"{fresh_run.folder}/mle: trained on 3 of these 3 test inputs" in capsys.readouterr().err
