@@ -406,14 +406,23 @@ def test_a_log_that_cannot_be_read_is_no_obstacle(train, interrupted, whole):
         shutil.rmtree(train.folder / "mle")
 
 
-def test_resume_from_before(train, interrupted, after, whole, capsys):
+def test_resume_from_before(train, interrupted, after, whole):
     """From the older of two checkpoints: the newer one, of a future taken back, is not what a later resume finds."""
     folder = interrupted("mle", 10)
     assert saved(train.folder, "mle") == [9, 10]
     shutil.move(folder / "checkpoints/step-00000009", folder / "checkpoints/step-00000005")  # its own step stays 9
     after({10: lambda run: assert_saved(run, [5, 10])})
     assert train("mle", "--resume", folder / "checkpoints/step-00000005", "--save-every", 1) == 0
-    assert "mle: removes step-00000010: this run was resumed from an earlier step" in capsys.readouterr().out
+    assert result(train.folder / "mle") == whole("mle")
+
+
+def test_later_checkpoints_are_named_when_they_go(train, interrupted, after, whole, capsys):
+    """Hours may be in them; whoever named the wrong checkpoint sees at the first save which are gone."""
+    folder = interrupted("mle", 10, "--keep-checkpoints", 3)
+    after({7: lambda run: assert_saved(run, [6, 9, 10])})
+    assert train("mle", "--resume", folder / "checkpoints/step-00000006", "--save-every", 1) == 0
+    removed = "mle: removes step-00000009, step-00000010: this run was resumed from an earlier step"
+    assert capsys.readouterr().out.count(removed) == 1
     assert result(train.folder / "mle") == whole("mle")
 
 
