@@ -70,7 +70,7 @@ from interface.inputs import (
     warn_of_short_groups,
 )
 from interface.outputs import save_model, save_trained
-from interface.plan import end_dry_run
+from interface.plan import end_dry_run, warn_of_little_training
 from interface.predictions import continued, facts_of_outputs, keeper
 from interface.trained_on import warn_of_other_data, warn_of_test_rows
 from quant import Recipe
@@ -154,6 +154,7 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
     s = settings
     steps = number_of_steps(s, rows)
     order = data.epochs(rows, s.batch_size, s.seed, rows_per_prompt(s))
+    warn_of_little_training(s, steps)
 
     def one_update():
         """What --dry-run measures: on the largest batch, at a rate of 0."""

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import lastmile
 from formats.errors import UserError
-from interface import command_line, folders
+from interface import command_line, folders, plan
 from interface import commands as settings_module
+from interface.training_settings import Mle
 from safety import ranks, terminal
 from safety import run as run_module
 from safety.memory import FreeMemory, resident_memory, return_free_memory
@@ -167,6 +168,19 @@ def test_bf16_is_timed():
     """The answer of a clock, whichever, in no more time than a user would notice."""
     start = time.perf_counter()
     assert cpu.bf16_is_faster() in (True, False) and time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "said"),
+    [(60, 1e-5, "--learning-rate 3e-04"), (15, 1e-5, "--learning-rate 1e-03"), (60, 1e-4, ""), (1800, 1e-5, "")],
+)
+def test_a_run_that_cannot_learn_says_so(steps, rate, said, capsys):
+    """The paper's rate is for its 1,800 steps: a first run on a few hundred rows ended where it began, in silence."""
+    plan.warn_of_little_training(Mle(learning_rate=rate), steps)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == bool(said)
+    plan.warn_of_little_training(Mle(learning_rate=rate, tune="full"), steps)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])

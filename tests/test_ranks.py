@@ -7,6 +7,7 @@ loopback device; one test goes through torchrun itself.
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,9 +69,9 @@ class Ranks:
             )  # fmt: skip
 
     def end(self):
-        """(exit codes, what each rank wrote to standard error), progress bars left out."""
+        """(exit codes, what each rank wrote to standard error), progress bars and warnings left out."""
         found = [process.communicate(timeout=120) for process in self.processes]
-        errors = [[line for line in err.splitlines() if line.startswith("lastmile.py")] for _, err in found]
+        errors = [[line for line in err.splitlines() if re.match("lastmile.py: (?!warning)", line)] for _, err in found]
         return [process.returncode for process in self.processes], errors
 
 
