@@ -4,7 +4,7 @@
     resolve   fills in what depends on the data, the run's folder and the machine
     main      runs the command
 
-Exit codes: 0 done; 2 bad input; 1 disk full or broken; 3 loss or gradient not finite; 4 out of memory; 130 and 143
+Exit codes: 0 done; 2 bad input; 1 disk full or broken; 3 numbers not finite; 4 out of memory; 130 and 143
 stopped by Ctrl-C or SIGTERM. Every error that is not a bug is one line on standard error.
 """
 
