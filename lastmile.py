@@ -55,7 +55,6 @@ from formats.errors import UserError
 from interface import results, use
 from interface.folders import command, require, stage_folder
 from interface.inputs import (
-    adapter_folder,
     adapter_hashes,
     adapter_names,
     load_examples,
@@ -68,11 +67,12 @@ from interface.inputs import (
     subsample,
     validation_rows,
     warn_of_short_groups,
+    warn_of_test_rows,
 )
 from interface.outputs import save_model, save_trained
 from interface.plan import end_dry_run, warn_of_little_training
 from interface.predictions import continued, facts_of_outputs, keeper
-from interface.trained_on import warn_of_other_data, warn_of_test_rows
+from interface.trained_on import warn_of_other_data
 from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
@@ -208,7 +208,6 @@ def average_batch(settings, amounts):
 def pretrain(settings):
     """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
     s = settings
-    dtype = getattr(torch, s.dtype)  # of the matrix products; weights and updates are fp32
     if s.hidden_size % (2 * s.num_attention_heads) or s.num_attention_heads % s.num_key_value_heads:
         raise UserError(
             f"--hidden-size {s.hidden_size} must be a multiple of twice the {s.num_attention_heads} heads, and these a "
@@ -233,7 +232,7 @@ def pretrain(settings):
 
         def update(step, batch, rate):
             tokens = batch.mask.sum().item()
-            return mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, dtype)
+            return mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, getattr(torch, s.dtype))
 
         train("pretrain", s, folder, llama, rows, optimizer, update)
         model.save(llama, folder)
@@ -552,9 +551,7 @@ def evaluate(settings):
         adapters = {name: load_named(settings, llama, name) for name in names}
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         end_dry_run(settings, llama, rows)
-        for name in names:
-            if name != "base":
-                warn_of_test_rows(adapter_folder(settings, name), rows)
+        warn_of_test_rows(settings, names, rows)
         greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
         inputs = [(row.id, row.source) for row in rows]

@@ -393,18 +393,9 @@ class Llama(nn.Module):
         ends = tuple(dict.fromkeys((*self.config.eos_token_id, token)))
         self.config = replace(self.config, eos_token_id=ends)
 
-    def tensor_not_finite(self):
-        """The name of a tensor with NaN or infinity, or None."""
-        tensors = llama_weights.checkpoint_tensors(self).items()
-        return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
-
     def why_not_finite(self):
         """The cause of NaN or infinite activations, and the remedy, in words."""
-        if name := self.tensor_not_finite():
-            return f"{self.folder}: tensor {name} contains NaN or infinity; download or train the model again"
-        remedy = {torch.float16: "use --dtype bfloat16 or float32", torch.bfloat16: "use --dtype float32"}
-        remedy = remedy.get(self.dtype, "train with a smaller --learning-rate")
-        return f"activations beyond what {self.dtype} can represent; {remedy}"
+        return llama_weights.why_not_finite(self)
 
     @property
     def device(self):

@@ -16,9 +16,9 @@ from formats.errors import UserError
 from formats.files import read_json, read_text
 from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
+from interface import trained_on
 from interface.folders import require, settings_file
 from interface.settings import LORA, changed, flag
-from interface.trained_on import warn_of_other_data
 from interface.training_settings import Reward
 from safety.checkpoint import adapter_hash, model_hash
 from safety.files import digest
@@ -207,6 +207,14 @@ def load_listed(settings, llama, names):
     return found
 
 
+def warn_of_test_rows(settings, names, rows):
+    """Warn if adapters, named as in --adapters, have learned from inputs that they are to be judged by."""
+    folders = [adapter_folder(settings, name) for name in names if name != "base"]
+    for folder in folders:
+        if found := trained_on.seen(folder, rows, 0):
+            warn(f"{folder}: trained on {found} of these {len(rows)} test inputs: its scores are too good")
+
+
 def new_adapter(settings, llama, name, stream, head=None):
     """A fresh adapter of the stage's rank and targets; with --tune full a copy of the base in its place."""
     rng = data.generator(settings.seed, stream)
@@ -232,7 +240,7 @@ def start_adapter(settings, llama, name, stream, rows, head=None):
         raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
     saved_head = head is not None and peft_adapter.has_head(folder)
     load_trained(llama, name, folder, saved_head)
-    warn_of_other_data(folder, rows)
+    trained_on.warn_of_other_data(folder, rows)
     if head is not None and not saved_head:
         llama.add_head(name, head, data.generator(settings.seed, stream, "head"))
     if kept := [flag(setting) for setting in changed(settings) if setting in LORA]:

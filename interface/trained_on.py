@@ -38,9 +38,3 @@ def warn_of_other_data(folder, rows):
     if found is not None and 2 * found < len(rows):
         seen_of = f"it has seen {found} of these {len(rows)} examples"
         warn(f"{folder}: trained on other data: {seen_of}; train another, if that is not meant")
-
-
-def warn_of_test_rows(folder, rows):
-    """Warn if an adapter has learned from inputs that it is to be judged by."""
-    if found := seen(folder, rows, 0):
-        warn(f"{folder}: trained on {found} of these {len(rows)} test inputs: its scores are too good")

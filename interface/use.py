@@ -12,6 +12,7 @@ import data
 import model
 from formats.columns import encodable, strip
 from formats.errors import UserError, name_row
+from formats.llama_weights import tensor_not_finite
 from formats.tables import read_inputs
 from interface import results
 from interface.folders import require, stage_folder
@@ -166,7 +167,7 @@ def merge_adapter(llama, adapter, dtype=torch.float16):
         layer.lora_A.clear()
         layer.lora_B.clear()
     llama.to(dtype)
-    if name := llama.tensor_not_finite():
+    if name := tensor_not_finite(llama):
         raise FloatingPointError(f"{name} has no finite {dtype}; use --dtype float32, or a smaller --learning-rate")
 
 
