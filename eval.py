@@ -16,6 +16,7 @@ import itertools
 
 import numpy as np
 
+from formats.errors import name_row
 from formats.words import AsciiTokenizer, UnicodeTokenizer, choose_tokenizer, count_words
 
 COLUMNS = ("base", "mle", "policy", "base cleaned", "mle cleaned")
@@ -70,7 +71,9 @@ def predict(data, sample, batch_size, decode, progress=iter):
     texts = [None] * len(data)
     for start in progress(range(0, len(order), batch_size)):
         rows = order[start : start + batch_size]
-        for i, response in zip(rows, sample([data[i].prompt for i in rows]), strict=True):
+        with name_row([(data[i].id, data[i].prompt) for i in rows]):
+            responses = sample([data[i].prompt for i in rows])
+        for i, response in zip(rows, responses, strict=True):
             texts[i] = decode(response)
     return texts
 
@@ -183,8 +186,9 @@ def auc(positive, negative):
 
     Example: auc([3, 2], [1, 2]) -> 0.875.
     """
-    positive, negative = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
-    return float((positive > negative).mean() + 0.5 * (positive == negative).mean())
+    ordered = np.sort(negative)
+    below, up_to = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
+    return float((below + up_to).mean() / 2 / len(ordered))  # how many negatives are below, ties counted half
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -66,12 +66,13 @@ from interface.inputs import (
     start_adapter,
     subsample,
     validation_rows,
-    warn_of_overlap,
     warn_of_short_groups,
+    warn_of_test_rows,
 )
 from interface.outputs import save_model, save_trained
-from interface.plan import end_dry_run
-from interface.predictions import continued, facts_of_outputs
+from interface.plan import end_dry_run, warn_of_little_training
+from interface.predictions import continued, facts_of_outputs, keeper
+from interface.trained_on import warn_of_other_data
 from quant import Recipe
 from safety import ranks, validation
 from safety.files import write_json
@@ -153,6 +154,7 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
     s = settings
     steps = number_of_steps(s, rows)
     order = data.epochs(rows, s.batch_size, s.seed, rows_per_prompt(s))
+    warn_of_little_training(s, steps)
 
     def one_update():
         """What --dry-run measures: on the largest batch, at a rate of 0."""
@@ -160,6 +162,7 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
         update(0, act(0, batch), 0.0)
 
     end_dry_run(s, llama, rows, steps, optimizer.parameters, one_update)
+    llama.prepared = None  # the sampler's copy of the weights: the updates need its memory
     with Run(folder, stage, s, rows, optimizer, steps, llama.folder, **protection) as run:
         for step, index in enumerate(itertools.islice(order, run.first, steps), run.first):
             batch = data.collate([rows[i] for i in index], s.device)
@@ -205,9 +208,6 @@ def average_batch(settings, amounts):
 def pretrain(settings):
     """A tiny Llama from scratch, tokenizer included: language modelling on prompts with chat-like answers."""
     s = settings
-    dtype = getattr(torch, s.dtype)  # of the matrix products; weights and updates are fp32
-    if dtype == torch.float16:
-        raise UserError("--dtype float16: gradients vanish without loss scaling; use bfloat16 or float32")
     if s.hidden_size % (2 * s.num_attention_heads) or s.num_attention_heads % s.num_key_value_heads:
         raise UserError(
             f"--hidden-size {s.hidden_size} must be a multiple of twice the {s.num_attention_heads} heads, and these a "
@@ -232,7 +232,7 @@ def pretrain(settings):
 
         def update(step, batch, rate):
             tokens = batch.mask.sum().item()
-            return mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, dtype)
+            return mle_step(llama, batch, optimizer, rate, tokens, s.micro_batch_size, None, getattr(torch, s.dtype))
 
         train("pretrain", s, folder, llama, rows, optimizer, update)
         model.save(llama, folder)
@@ -286,9 +286,9 @@ def train_reward(settings):
         raise UserError("--level sequence scores no single tokens; use --hallucinations sequence")
     with stage_folder(settings, "reward") as folder:
         llama, tokenizer = open_base(settings)
-        rows, heldout = rows_with_negatives(settings, llama, tokenizer, names)
+        rows, heldout = rows_with_negatives(settings, llama, tokenizer, names, folder)
         head = "normal" if settings.head == "scalar" else None
-        depends_on = start_adapter(settings, llama, "reward", stream="lora", head=head)
+        depends_on = start_adapter(settings, llama, "reward", "lora", rows, head)
         optimizer = Optimizer(llama.adapter_parameters("reward"), max_grad_norm=settings.max_grad_norm)
         weight_per_batch = average_batch(settings, [row.weight for row in rows])
 
@@ -306,18 +306,18 @@ def train_reward(settings):
         write_json(folder / "heldout.json", validation.reward_report(settings, llama, heldout))
         if settings.best_of:
             compare_picks(settings, llama, tokenizer, heldout)
-        save_trained(settings, llama, tokenizer, "reward", folder)
+        save_trained(settings, llama, tokenizer, rows, "reward", folder)
 
 
-def rows_with_negatives(settings, llama, tokenizer, names):
+def rows_with_negatives(settings, llama, tokenizer, names, folder):
     """(rows to train on, of all rounds; held-out rows), each true output followed by its negatives.
 
-    names: of base, mle and policy those whose samples are negatives, too.
+    names: of base, mle and policy those whose samples are negatives, too. folder: where these are kept for --resume.
     """
     labelled = load_rows(settings, "train", llama, tokenizer, settings.train_examples, rejected=True)
     heldout = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples, rejected=True)
     samplers = {name: load_named(settings, llama, name) for name in names}
-    add = partial(add_negatives, settings, llama, tokenizer, samplers)
+    add = partial(add_negatives, settings, llama, tokenizer, samplers, keeper(settings, folder, llama, tokenizer))
     rows = []
     for round in range(settings.rounds):
         rows += add(labelled, "train", round)
@@ -376,10 +376,13 @@ def train_mle(settings):
         llama, tokenizer = open_base(settings)
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples, settings.eos_in_labels)
         heldout = validation_rows(settings, llama, tokenizer, settings.eos_in_labels)
-        depends_on = start_adapter(settings, llama, "mle", stream="lora")
+        depends_on = start_adapter(settings, llama, "mle", "lora", rows)
         if settings.best_of:
             score, facts = open_reward(settings, llama, tokenizer, rows)
-            rows = rows + best_of.picked(settings, llama, rows, score, "mle", settings.best_of)
+            warn_of_other_data(settings.reward, rows)
+            sample = partial(best_of.sampled, settings, llama, rows, "mle", settings.best_of)
+            keep = keeper(settings, folder, llama, tokenizer)
+            rows = rows + best_of.picked(settings, rows, score, keep(settings.init, rows, "best_of", sample))
             depends_on |= facts
         optimizer = Optimizer(llama.adapter_parameters("mle"), max_grad_norm=settings.max_grad_norm)
         tokens_per_batch = average_batch(settings, [len(row.response) for row in rows])
@@ -391,7 +394,7 @@ def train_mle(settings):
             "mle", settings, folder, llama, rows, optimizer, update, depends_on=depends_on,
             validate=validation.of_mle(settings, llama, heldout),
         )  # fmt: skip
-        save_trained(settings, llama, tokenizer, "mle", folder)
+        save_trained(settings, llama, tokenizer, rows, "mle", folder)
 
 
 def mle_step(llama, batch, optimizer, rate, tokens_per_batch, micro_batch_size=0, adapter="mle", dtype=torch.float32):
@@ -427,7 +430,8 @@ def train_ppo(settings):
         rows = load_rows(settings, "train", llama, tokenizer, settings.train_examples)
         heldout = validation_rows(settings, llama, tokenizer)
         scorer, depends_on = open_reward(settings, llama, tokenizer, rows)
-        depends_on |= add_actors(settings, llama)
+        warn_of_other_data(settings.reward, rows)
+        depends_on |= add_actors(settings, llama, rows)
         policy, value = llama.adapter_parameters("policy"), llama.adapter_parameters("value")
         optimizer = Optimizer(policy, value, max_grad_norm=settings.max_grad_norm)
 
@@ -453,8 +457,8 @@ def train_ppo(settings):
             bar=["return", "reward", "length", "explained_variance"],
             validate=validation.of_ppo(settings, llama, tokenizer, scorer, heldout),
         )  # fmt: skip
-        save_trained(settings, llama, tokenizer, "policy", folder / "policy")
-        save_trained(settings, llama, tokenizer, "value", folder / "value")
+        save_trained(settings, llama, tokenizer, rows, "policy", folder / "policy")
+        save_trained(settings, llama, tokenizer, rows, "value", folder / "value")
 
 
 def ppo_step(llama, batch, optimizer, rate, scorer, settings, log_kl=False, policy_learns=True):
@@ -506,9 +510,9 @@ def trajectory_of(llama, batch, logp, value, scorer, settings, log_kl=False, cou
     return ppo.trajectory(batch, logp, value, reward, s.gamma, s.lam, kl, s.whiten, total)
 
 
-def add_actors(settings, llama):
+def add_actors(settings, llama, rows=()):
     """Add the policy, new or from --init, and a new value. Returns {name: hash} of the adapter that --init names."""
-    depends_on = start_adapter(settings, llama, "policy", stream="policy")
+    depends_on = start_adapter(settings, llama, "policy", "policy", rows)
     new_adapter(settings, llama, "value", stream="value", head="zero")
     return depends_on
 
@@ -541,7 +545,7 @@ def evaluate(settings):
         adapters = {name: load_named(settings, llama, name) for name in names}
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         end_dry_run(settings, llama, rows)
-        warn_of_overlap(settings, rows)
+        warn_of_test_rows(settings, names, rows)
         greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
         inputs = [(row.id, row.source) for row in rows]

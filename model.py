@@ -33,6 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from formats import llama_folder, llama_weights, peft_adapter
+from formats.errors import NotFinite
 from lora import LoRALinear, add_adapter, named_parameters, project, rows_of_indices
 from quant import quantize_blocks
 from speed import cpu, cpu_decoder
@@ -258,7 +259,7 @@ class Llama(nn.Module):
     """A Llama with named adapters and scalar heads.
 
     recompute: whether backward recomputes each block's activations instead of keeping them (--grad-checkpoint).
-    folder: that it was loaded from. hash: of its files, where the caller knows it; adapters remember their base by it.
+    folder: that it was loaded from. hash: of this model, where the caller knows it; adapters remember their base by it.
     template: the prompt of its tokenizer, where the caller knows it; adapters remember that, too.
     """
 
@@ -392,6 +393,10 @@ class Llama(nn.Module):
         ends = tuple(dict.fromkeys((*self.config.eos_token_id, token)))
         self.config = replace(self.config, eos_token_id=ends)
 
+    def why_not_finite(self):
+        """The cause of NaN or infinite activations, and the remedy, in words."""
+        return llama_weights.why_not_finite(self)
+
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
@@ -447,6 +452,9 @@ def sample(
         # One number for every prompt: what a row draws does not depend on which other rows have ended.
         u = torch.rand(B, 1, generator=generator, device=device) if uniform is None else uniform[:, i : i + 1]
         u = u[row]  # (rows, 1)
+        finite = logits.amax(-1).isfinite() | done  # (rows,): the largest is NaN if any is
+        if not finite.all():
+            raise NotFinite(llama.why_not_finite(), prompts[int(row[~finite][0]) // copies])
         logits = shape(logits, temperature, top_k, top_p)  # (rows, V)
         token = logits.argmax(-1) if temperature == 0 else draw(logits, u)  # (rows,)
         answers[row, i] = token

@@ -232,11 +232,16 @@ def token_scores(llama, batch, layout=None):
     tokens = batch.tokens if layout is None else layout.tokens
     if llama.has_head("reward"):
         indices = indices_of(batch.mask) if layout is None else layout.indices  # (n,)
-        return fill(batch.mask, llama.scalar(llama(tokens, "reward", indices, layout), "reward"))
-    indices = indices_before(batch.mask) if layout is None else layout.before  # (n,)
-    h = llama(tokens, "reward", indices, layout)  # (n, C)
-    logp = token_logp(llama.logits(h, "reward"), batch)  # (B, T)
-    return torch.where(batch.mask, likelihood_score(logp), 0)
+        score = fill(batch.mask, llama.scalar(llama(tokens, "reward", indices, layout), "reward"))
+    else:
+        indices = indices_before(batch.mask) if layout is None else layout.before  # (n,)
+        h = llama(tokens, "reward", indices, layout)  # (n, C)
+        logp = token_logp(llama.logits(h, "reward"), batch)  # (B, T)
+        score = torch.where(batch.mask, likelihood_score(logp), 0)
+    for row, finite in zip(batch.rows, score.isfinite().all(1).tolist(), strict=True):
+        if not finite:
+            raise FloatingPointError(f"row {row.id}: its score is NaN or infinite: {llama.why_not_finite()}")
+    return score
 
 
 @torch.no_grad()

@@ -52,9 +52,8 @@ def judged(settings, rows, groups, score, penalty=0.0):
     return np.array(means), np.array(returns)
 
 
-def picked(settings, llama, rows, score, adapter, n):
-    """The rows with the best of n samples, by the mean score, in place of the true output: RAFT's targets."""
-    groups = sampled(settings, llama, rows, adapter, n)
+def picked(settings, rows, score, groups):
+    """The rows with the best of their samples, by the mean score, in place of the true output: RAFT's targets."""
     means, _ = judged(settings, rows, groups, score)
     best = means.argmax(1)  # (R,)
     return [replace(row, response=groups[i][best[i]], kind="picked") for i, row in enumerate(rows)]

@@ -8,7 +8,7 @@ Dimensions: B batch, T time.
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -68,11 +68,24 @@ def import_function(name):
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
+        module = import_module(module_name)
+        function = getattr(module, attribute)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name}: cannot import it: {type(error).__name__}: {error}") from error
-    file = getattr(sys.modules[module_name], "__file__", None)
+    file = getattr(module, "__file__", None)
     return function, Path(file) if file else None
+
+
+def import_module(name):
+    """A module by its name; one of the current folder also if lastmile has a module of that name, such as `model`."""
+    file = Path(*name.split(".")).with_suffix(".py").resolve()
+    if name.partition(".")[0] not in sys.modules or not file.is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(f"reward_function_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def word_scores(function, batch, decode):

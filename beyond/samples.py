@@ -17,8 +17,11 @@ from safety.terminal import progress, say
 BATCH_SIZE = 32  # rows a sampling batch
 
 
-def add_negatives(settings, llama, tokenizer, samplers, rows, split, round=0):
-    """The rows with the negatives of one round. samplers: {name: adapter} whose samples are more negatives."""
+def add_negatives(settings, llama, tokenizer, samplers, keep, rows, split, round=0):
+    """The rows with the negatives of one round. samplers: {name: adapter} whose samples are more negatives.
+
+    keep: (name, rows, file's name, make) -> make(), or what it returned before the run was stopped.
+    """
     positives = [row for row in rows if row.label]
     seed = data.stream_seed(settings.seed, "round", round) if round else settings.seed
     samples = {}
@@ -29,7 +32,8 @@ def add_negatives(settings, llama, tokenizer, samplers, rows, split, round=0):
         rng = data.generator(settings.seed, "samples", split, name, round, device=settings.device)
         sampler = partial(model.sample, llama, adapter=adapter, max_new_tokens=settings.max_new_tokens, generator=rng)
         bar = progress(f"reward: samples of {name}")
-        samples[f"{name}_sample"] = evaluation.predict(positives, sampler, BATCH_SIZE, list, bar)
+        make = partial(evaluation.predict, positives, sampler, BATCH_SIZE, list, bar)
+        samples[f"{name}_sample"] = keep(name, positives, f"{split}-{round}-{name}", make)
     edit = None
     if settings.hallucinations != "off":
         edit = partial(hallucinations.hallucinated, whole=settings.hallucinations == "sequence")

@@ -58,6 +58,21 @@ def use_own_head(llama, tensors, folder):
     llama.lm_head = nn.Linear(llama.config.hidden_size, llama.config.vocab_size, bias=False, device="meta")
 
 
+def tensor_not_finite(llama):
+    """The name of a tensor with NaN or infinity, or None."""
+    tensors = checkpoint_tensors(llama).items()
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+
+def why_not_finite(llama):
+    """The cause of NaN or infinite activations, and the remedy, in words."""
+    if name := tensor_not_finite(llama):
+        return f"{llama.folder}: tensor {name} contains NaN or infinity; download or train the model again"
+    remedy = {torch.float16: "use --dtype bfloat16 or float32", torch.bfloat16: "use --dtype float32"}
+    remedy = remedy.get(llama.dtype, "train with a smaller --learning-rate")
+    return f"activations beyond what {llama.dtype} can represent; {remedy}"
+
+
 def check_same_size(folder, found, base):
     """Raise UserError unless a whole model (--tune full) has the sizes of its base; both LlamaConfig."""
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "biases", "head_norm"):

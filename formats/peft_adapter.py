@@ -79,7 +79,7 @@ def read(module, name, folder, base_hash=""):
     except (ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder}: unreadable adapter ({error!r}); train or download it again") from None
     trained_on = folder / "base.sha256"
-    if base_hash and trained_on.is_file() and trained_on.read_bytes().strip() != base_hash.encode():
+    if base_hash and trained_on.is_file() and base_hash != trained_on.read_text(errors="replace").strip():
         raise UserError(f"{folder}: trained on another base model than this one; name that one, or train it again")
     for flag, plain in REQUIRED.items():
         if config.get(flag) not in (None, plain, [], {}):

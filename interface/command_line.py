@@ -4,13 +4,14 @@
     resolve   fills in what depends on the data, the run's folder and the machine
     main      runs the command
 
-Exit codes: 0 done; 2 bad input; 1 disk full or broken; 3 loss or gradient not finite; 4 out of memory; 130 and 143
+Exit codes: 0 done; 2 bad input; 1 disk full or broken; 3 numbers not finite; 4 out of memory; 130 and 143
 stopped by Ctrl-C or SIGTERM. Every error that is not a bug is one line on standard error.
 """
 
 import errno
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ from safety.terminal import DryRun, LostRank, Stopped, Stream, say, visible
 
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
 LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
+TRAINED = ("pretrain", "reward", "mle", "ppo")
 RESUME = "if training had started, add --resume to continue it; eval and predict continue when called again"
 
 
@@ -78,6 +80,8 @@ def resolve(command, given):
     if s.dtype == "auto":
         before = dtype_before(output / f"{command}.partial", getattr(s, "resume", ""))
         found["dtype"] = choose_dtype(command, found["device"], found["model"], before)
+    if found["dtype"] == "float16" and command in TRAINED:
+        raise UserError("--dtype float16: gradients vanish without loss scaling; use bfloat16 or float32")
     return replace(s, **found)
 
 
@@ -149,9 +153,10 @@ def be_deterministic():
 
 # What a reward model that PPO trains takes over from PPO besides all of Common: how long and how, not how well.
 SHARED_WITH_REWARD = (
-    "train_examples", "max_steps", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
+    "train_examples", "log_every", "grad_checkpoint", "micro_batch_size", "save_every",
     "keep_checkpoints", "max_time", "report_to", "deterministic",
 )  # fmt: skip
+ROWS_PER_EXAMPLE = 6  # of the reward stage: the true output and one negative of each class
 
 
 def reward_settings(ppo):
@@ -161,7 +166,11 @@ def reward_settings(ppo):
     if ppo.config and not ppo.config.endswith(".json"):  # a stage's config.json has that stage's settings alone
         given = read_settings(ppo.config, "reward", given)
     common = {f.name: getattr(ppo, f.name) for f in fields(Common)}
-    return resolve("reward", given | common)
+    found = resolve("reward", given | common)
+    if ppo.max_steps and not found.max_steps:  # the same number of examples
+        steps = ppo.max_steps * ppo.batch_size * ROWS_PER_EXAMPLE / found.batch_size
+        found = replace(found, max_steps=math.ceil(steps))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------

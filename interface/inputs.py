@@ -1,7 +1,6 @@
 """What a stage works on: the base with its tokenizer, the rows of a split, and the adapters of other stages."""
 
 import math
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from formats.errors import UserError
 from formats.files import read_json, read_text
 from formats.hub import fetch, on_hub
 from formats.llama_folder import is_model
-from formats.tables import PRESETS
+from interface import trained_on
 from interface.folders import require, settings_file
 from interface.settings import LORA, changed
 from interface.training_settings import Reward
@@ -153,16 +152,6 @@ def subsample(settings, split, rows, examples):
     return [rows[i] for i in sorted(order[:examples].tolist())]
 
 
-def warn_of_overlap(settings, rows):
-    """Warn if test inputs of the user's own data are in the training split, too."""
-    if settings.data in PRESETS:
-        return
-    with suppress(FileNotFoundError):  # a folder with a test split alone
-        sources = {example.source for example in load_examples(settings, "train")}
-        if seen := sum(row.source in sources for row in rows):
-            warn(f"{seen} test inputs are in the training split, too")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Adapters
 
@@ -218,20 +207,26 @@ def load_listed(settings, llama, names):
     return found
 
 
+def warn_of_test_rows(settings, names, rows):
+    """Warn if adapters, named as in --adapters, have learned from inputs that they are to be judged by."""
+    folders = [adapter_folder(settings, name) for name in names if name != "base"]
+    for folder in folders:
+        if found := trained_on.seen(folder, rows, 0):
+            warn(f"{folder}: trained on {found} of these {len(rows)} test inputs: its scores are too good")
+
+
 def new_adapter(settings, llama, name, stream, head=None):
     """A fresh adapter of the stage's rank and targets; with --tune full a copy of the base in its place."""
     rng = data.generator(settings.seed, stream)
     if settings.tune == "full":
         if llama.config.quantization:
             raise UserError(f"--tune full: {settings.model} is 4-bit; name an unquantized model, or use --tune lora")
-        if settings.dtype == "float16":
-            raise UserError("--tune full --dtype float16: gradients vanish without loss scaling; use bfloat16")
         return llama.add_copy(name, rng, head)
     llama.add_adapter(name, settings.lora_r, settings.lora_alpha, settings.lora_targets.split(","), rng, head)
 
 
-def start_adapter(settings, llama, name, stream, head=None):
-    """Add the adapter that a stage trains: new, or loaded from --init. Returns {what: hash} of --init's.
+def start_adapter(settings, llama, name, stream, rows, head=None):
+    """Add the adapter that a stage trains on rows: new, or loaded from --init. Returns {what: hash} of --init's.
 
     head: None, or how a scalar head starts if the adapter of --init has none.
     """
@@ -245,6 +240,7 @@ def start_adapter(settings, llama, name, stream, head=None):
         raise UserError(f"--init {settings.init}: is an adapter, and --tune full needs a whole model; merge it first")
     saved_head = head is not None and peft_adapter.has_head(folder)
     load_trained(llama, name, folder, saved_head)
+    trained_on.warn_of_other_data(folder, rows)
     if head is not None and not saved_head:
         llama.add_head(name, head, data.generator(settings.seed, stream, "head"))
     if kept := [flag(setting) for setting in changed(settings) if setting in LORA]:

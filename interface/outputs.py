@@ -9,6 +9,7 @@ from formats.files import read_json
 from formats.hub import HUB_ID, on_hub
 from formats.llama_folder import copy_companions, is_model
 from formats.tables import PRESETS
+from interface import trained_on
 from interface.settings import LORA, changed
 from safety import ranks
 from safety.checkpoint import result_settings
@@ -21,11 +22,12 @@ TITLES = {
     "value": "the value model of a PPO run",
     "merge": "base and adapter as one model",
 }
+NOT_UPLOADED = ["checkpoints/*", "*.partial/*", f"*{trained_on.FILE}"]
 SHOWN = ("la-rouge1-F1", "la-rouge2-F1", "la-rougeL-F1", "rouge1-F1", "excess_length")
 
 
-def save_trained(settings, llama, tokenizer, name, folder):
-    """Write what a stage has trained: an adapter, or with --tune full a whole model."""
+def save_trained(settings, llama, tokenizer, rows, name, folder):
+    """Write what a stage has trained on rows: an adapter, or with --tune full a whole model."""
     trained, adapter = llama.resolve(name)
     if adapter is None:
         folder.mkdir(exist_ok=True)
@@ -33,6 +35,7 @@ def save_trained(settings, llama, tokenizer, name, folder):
     else:
         llama.save_adapter(name, folder, settings.model)
     write_template(tokenizer, folder)
+    trained_on.write(folder, rows)
     write_card(settings, llama.folder, folder, name)
 
 
@@ -166,7 +169,7 @@ def push(settings, folder):
     api = HfApi()
     try:
         api.create_repo(settings.push, private=True, exist_ok=True)
-        api.upload_folder(repo_id=settings.push, folder_path=folder, ignore_patterns=["checkpoints/*", "*.partial/*"])
+        api.upload_folder(repo_id=settings.push, folder_path=folder, ignore_patterns=NOT_UPLOADED)
     except OSError as error:  # every error of the Hub and of requests is one
         raise UserError(
             f"{folder}: finished, but not uploaded ({type(error).__name__}); run .venv/bin/huggingface-cli upload "

@@ -12,6 +12,7 @@ batches, and with them the last bits of its logits, are those of a run never sto
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from data import stream_seed
 from formats.errors import UserError
 from interface.inputs import adapter_folder
 from safety import ranks
-from safety.checkpoint import adapter_hash
+from safety.checkpoint import TOKENIZER_FILES, TOKENIZER_SETTINGS, adapter_hash, tokenizer_hash
 from safety.files import sync, write_json
 from safety.lines import Lines
 from safety.terminal import flag, say
@@ -102,6 +103,31 @@ def continued(sample, path, facts):
     return sample_or_take
 
 
+def keeper(settings, folder, llama, tokenizer):
+    """A function (adapter, rows, name, make) -> make(), samples of the rows that a stage keeps until it ends.
+
+    A resumed run takes them from there: sampled again, on another machine, one token may differ.
+    """
+
+    def keep(adapter, rows, name, make):
+        facts = facts_of_outputs(settings, [(row.id, row.source) for row in rows], llama, tokenizer, adapter)
+        name += f"-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
+        file = folder / "checkpoints" / name
+        found = None
+        if ranks.first():
+            with suppress(OSError, ValueError):
+                found = json.loads(file.read_text(encoding="utf-8"))
+        found = ranks.from_first(found)
+        if found is None:
+            found = make()
+            if ranks.first():
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(json.dumps(found), encoding="utf-8")
+        return found
+
+    return keep
+
+
 def facts_of_outputs(settings, inputs, llama, tokenizer, adapter):
     """{name: value} of all that the outputs for inputs, a list of (id, source), depend on; adapter: base, mle, ….
 
@@ -112,6 +138,7 @@ def facts_of_outputs(settings, inputs, llama, tokenizer, adapter):
     facts["the inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     facts["the model"] = llama.hash
     facts["the template"] = tokenizer.template
+    facts["the tokenizer"] = tokenizer_hash(llama.folder, TOKENIZER_FILES + TOKENIZER_SETTINGS)
     facts["the adapter"] = "none"
     if adapter != "base":
         facts["the adapter"] = adapter_hash(adapter_folder(settings, adapter))

@@ -81,7 +81,7 @@ class Reward(Training):
     batch_size: int = opt(14, "rows a step, positives and negatives mixed (P 3.1)", least=1)
     learning_rate: float = opt(1e-5, "peak, cosine to 0 (P 3.1)", toy=2e-3, above=0)
     lora_r: int = opt(16, "rank (P 3.1)", least=1)
-    eval_examples: int = opt(200, "validation examples in the held-out report", least=2)
+    eval_examples: int = free(200, "validation examples in the held-out report", least=2)
     share_prompts: bool = opt(True, "batch rows that share a prompt and run it once; off: shuffle rows individually")
     rows_per_prompt: int = opt(0, "rows of one prompt in a batch, at most; 0: up to half a batch (choice)", least=0)
     level: str = opt("token", "score tokens (P 3.2), or sequences by the last one", choices=("token", "sequence"))

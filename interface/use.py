@@ -12,7 +12,8 @@ import data
 import model
 from beyond import best_of
 from formats.columns import encodable, strip
-from formats.errors import UserError
+from formats.errors import UserError, name_row
+from formats.llama_weights import tensor_not_finite
 from formats.tables import read_inputs
 from interface import results
 from interface.folders import require, stage_folder
@@ -135,7 +136,8 @@ def predict(settings):
         short = [i for i in rows if len(prompts[i]) <= limit]
         limits = {"max_new_tokens": s.max_new_tokens, "top_k": s.top_k, "top_p": s.top_p}
         sampler = partial(model.sample, llama, adapter=adapter, temperature=s.temperature, **limits)
-        responses = ranks.sharded(sampler, row_uniform(s, short))([prompts[i] for i in short])
+        with name_row([(inputs[i][0], prompts[i]) for i in short]):
+            responses = ranks.sharded(sampler, row_uniform(s, short))([prompts[i] for i in short])
         texts = [tokenizer.decode(response) for response in responses]
         if ranks.first():
             file.append(rows, dict(zip(short, texts, strict=True)))
@@ -161,13 +163,11 @@ def merge(settings):
 def merge_adapter(llama, adapter, dtype=torch.float16):
     """Fold an adapter into its base, in place: a dense Llama of that dtype without adapters, 4-bit layers written out.
 
-    Raises UserError if a weight does not fit the dtype.
+    Raises FloatingPointError if a weight does not fit the dtype.
     """
-    for path, layer in lora_layers(llama):
+    for _, layer in lora_layers(llama):
         base = layer.base
         weight = layer.merged(layer.base_weight(torch.float32), adapter).to(dtype)  # (N, K)
-        if not weight.isfinite().all():
-            raise UserError(f"{path}: a merged weight does not fit {dtype}; train with a smaller --learning-rate")
         N, K = weight.shape
         dense = nn.Linear(K, N, bias=base.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.contiguous())
@@ -177,6 +177,8 @@ def merge_adapter(llama, adapter, dtype=torch.float16):
         layer.lora_A.clear()
         layer.lora_B.clear()
     llama.to(dtype)
+    if name := tensor_not_finite(llama):
+        raise FloatingPointError(f"{name} has no finite {dtype}; use --dtype float32, or a smaller --learning-rate")
 
 
 def show_tables(settings):

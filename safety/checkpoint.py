@@ -14,19 +14,22 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from formats.errors import UserError
-from formats.llama_folder import is_model
-from safety.files import clear, digest, sync
+from formats.llama_folder import is_model, read_config, weight_files
+from model import LlamaConfig
+from safety.files import clear, digest, pieces, sync
 from safety.terminal import flag
 
 FILES = ("state.safetensors", "state.json")  # those that manifest.json has the hashes of
 VERSION = 1  # of this layout
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json")
 
 
 def checkpoints(folder):
@@ -85,7 +88,7 @@ def fingerprint(stage, settings, rows, base=None, depends_on=None):
         found[flag(name)] = value
     if base:
         found["base model"] = model_hash(base)
-        found["tokenizer"] = digest(*(base / name for name in TOKENIZER_FILES if (base / name).is_file()))
+        found["tokenizer"] = tokenizer_hash(base)  # its settings show in the ids of the rows
     found |= depends_on or {}
     texts = rows_hash(rows, ("id", "source", "target"))
     return found | {"data": texts, "prompt template or negatives": rows_hash(rows, ("kind", "prompt", "response"))}
@@ -110,9 +113,56 @@ def rows_hash(rows, names):
     return found.hexdigest()
 
 
+def tokenizer_hash(folder, names=TOKENIZER_FILES):
+    """SHA-256 of those of a tokenizer's files that a folder has."""
+    return digest(*(folder / name for name in names if (folder / name).is_file()))
+
+
+class ModelHash(str):
+    """The hash of a model. It also equals `old`, that of the same folder by the rule of older versions."""
+
+    old = None
+
+    def __eq__(self, other):
+        return str.__eq__(self, other) or other == self.old
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def model_hash(folder):
-    """SHA-256 of a model folder's weights and config."""
-    return digest(*sorted(folder.glob("*.safetensors")), folder / "config.json")
+    """SHA-256 of what a model computes with: the tensors that are read, and the fields of its config that count.
+
+    Other files and fields do not count, nor how the tensors are distributed over files.
+    """
+    config = asdict(LlamaConfig(**read_config(folder)))
+    config = {f.name: config[f.name] for f in fields(LlamaConfig) if config[f.name] != f.default}
+    tensors = tensor_hashes(folder)
+    if tensors.get("lm_head.weight") == tensors.get("model.embed_tokens.weight"):
+        tensors.pop("lm_head.weight", None)  # a tied head may be written twice
+    found = ModelHash(hashlib.sha256(json.dumps([config, tensors], sort_keys=True).encode()).hexdigest())
+    found.old = digest(*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json")
+    return found
+
+
+def tensor_hashes(folder):
+    """{name: SHA-256} of the tensors that a model folder is read from; of a tensor above 1 MiB, of 64 pieces of it."""
+    found = {}
+    for file in weight_files(Path(folder))[0]:
+        with open(file, "rb") as opened:
+            first = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(first - 8))
+            for name, tensor in header.items():
+                if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
+                    continue
+                hash = hashlib.sha256(f"{tensor['dtype']} {tensor['shape']}".encode())
+                start, end = tensor["data_offsets"]
+                for piece in pieces(opened, first + start, first + end, 1 << 20):
+                    hash.update(piece)
+                found[name] = hash.hexdigest()
+    return found
 
 
 def adapter_hash(folder):

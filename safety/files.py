@@ -35,7 +35,13 @@ def digest(*paths, sample=1 << 26):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            for start in range(0, size, max(sample // 64, size // 64)):
-                file.seek(start)
-                found.update(file.read(sample // 64))
+            for piece in pieces(file, 0, size, sample):
+                found.update(piece)
     return found.hexdigest()
+
+
+def pieces(file, start, end, sample):
+    """The bytes of an open file from start to end; of more than `sample`, 64 pieces spread over them."""
+    for place in range(start, end, max(sample // 64, (end - start) // 64, 1)):
+        file.seek(place)
+        yield file.read(min(max(sample // 64, 1), end - place))

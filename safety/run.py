@@ -71,9 +71,9 @@ class Run:
         self.tokens = 0  # processed since the start
         self.free_memory = FreeMemory()
         ranks.agree(self.facts)
-        self.loggers = open_loggers(settings, stage) if ranks.first() else []
         self.first = self.restore() if ranks.first() else 0
         self.take_over()
+        self.loggers = open_loggers(settings, stage, self.first) if ranks.first() else []
 
     # Resume
 
@@ -81,7 +81,7 @@ class Run:
         """Load the checkpoint that --resume names, or the latest valid one. Returns how many steps are done."""
         resume = self.settings.resume
         if not resume:
-            clear(self.folder / "checkpoints")
+            clear(*checkpoints(self.folder))
             return 0
         places = checkpoints(self.folder) if resume == "auto" else [Path(resume).resolve()]
         for place in reversed(places):
@@ -108,6 +108,7 @@ class Run:
         if best:
             names = sorted(name for name in tensors if name.startswith("best."))
             self.best = (*best, [tensors.pop(name) for name in names])
+        facts.pop("--eval-examples", None)  # counted in older versions
         if changed := changes(setting_defaults(self.settings) | facts, self.facts):
             raise UserError(
                 f"{place}: changed since: {', '.join(changed)}; undo the change, or start again with --overwrite"
@@ -256,6 +257,8 @@ class Run:
                 raise OSError(errno.EIO, f"not saved ({error.strerror})", str(place)) from error
             return warn(f"{place}: not saved ({error.strerror}); the run continues, older checkpoints remain")
         saved = checkpoints(self.folder)
+        if later := [old.name for old in saved if old > place]:
+            say(f"\n{self.stage}: removes {', '.join(later)}: this run was resumed from an earlier step")
         earlier = [old for old in saved if old <= place]  # later ones: damaged, or of a run that was taken back
         recent = earlier[-self.settings.keep_checkpoints :]
         clear(*(old for old in saved if old not in recent))

@@ -32,7 +32,10 @@ class Shown:
 
 
 class Stream:
-    """Standard output or error. Ignores closed pipes and full disks; escapes what its encoding lacks, as in \\xb1."""
+    """Standard output or error, of the first rank. Ignores closed pipes and full disks.
+
+    What its encoding lacks is escaped, as in \\xb1.
+    """
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -41,6 +44,8 @@ class Stream:
         return getattr(self.stream, name)
 
     def write(self, text):
+        if not Shown.anything:
+            return
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with suppress(OSError):
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -62,8 +67,7 @@ def visible(text):
 
 def say(text, file=None):
     """Print a text that may contain data of unknown origin, on the first rank."""
-    if Shown.anything:
-        print(visible(text), file=file)
+    print(visible(text), file=file)
 
 
 def warn(text):

@@ -234,9 +234,9 @@ def test_rounds_are_made_anew(fresh_run, seen_rows, capsys):
     assert f"  data     {len(twice)} rows" in capsys.readouterr().out
 
 
-def test_samples_resume(fresh_run, capsys):
-    """Stopped after every step and taken up again, a run with samples ends with the same bits; with another mle it is
-    refused, since its samples were others.
+def test_samples_resume(fresh_run, monkeypatch, capsys):
+    """Stopped after every step and taken up again, a run with samples ends with the same bits, and samples once: on
+    another machine a token may differ. With another mle it is refused, since its samples were others.
     """
     assert fresh_run("mle", *SMALL.replace("--eval-examples 6", "").split()) == 0
     flags = [*SMALL.split(), "--samples", "mle", "--rounds", 2, "--hallucinations", "sequence"]
@@ -252,6 +252,7 @@ def test_samples_resume(fresh_run, capsys):
     assert fresh_run("reward", *flags, "--overwrite", "--resume") == 2
     assert "changed since: mle adapter" in capsys.readouterr().err
     adapter.write_text(text)
+    monkeypatch.setattr(lastmile.model, "sample", lambda *_, **named: pytest.fail("sampled again"))
     assert fresh_run("reward", *flags, "--overwrite", "--resume") == 0
     assert file.read_bytes() == whole
 
@@ -441,6 +442,17 @@ def test_ppo_learns_a_function(fresh_run, module):
     truth = {e.source: e.target for e in data.toy("train")}
     seen = sys.modules[name].seen
     assert len(seen) == 45 * 16 + 2 and all(truth[source] == reference for source, reference, _ in seen)
+
+
+def test_a_function_in_a_file_named_as_ours(tmp_path, monkeypatch):
+    """`--reward model:f` is the user's model.py, although lastmile has a module of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "model.py").write_text("import mine\ndef f(source, reference, prediction):\n    return mine.number\n")
+    (tmp_path / "mine.py").write_text("number = 3\n")
+    function, file = reward_function.load("model:f")
+    assert function("", "", "") == 3 and file == tmp_path / "model.py"
+    assert sys.modules["model"] is lastmile.model
 
 
 def test_a_function_resumes(fresh_run, module, capsys):

@@ -95,6 +95,15 @@ def test_auc():
     assert ev.auc([5, 5, 5], [5, 5]) == 0.5
 
 
+def test_auc_of_many():
+    """The number is that of all pairs, ties included; 200,000 scores of each kind, whose pairs would fill 40 GB."""
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 9, 70), rng.integers(0, 7, 50)
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert ev.auc(positive, negative) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert ev.auc(rng.normal(1, 1, 200_000), rng.normal(0, 1, 200_000)) == pytest.approx(0.7602, abs=0.005)
+
+
 def test_interval():
     """The interval holds the mean, is the same for the same seed, and halves with four times the data."""
     values = np.random.default_rng(0).normal(size=1600)

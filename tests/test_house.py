@@ -13,7 +13,7 @@ GROUND = {  # ground-floor file: the ground-floor files and the parts of wings t
     "data": {"formats", "toy"},
     "model": {"lora", "quant", "formats", "speed"},
     "ppo": {"data"},
-    "eval": {"formats.words"},  # the tokenizer of ROUGE and lengths for languages other than English
+    "eval": {"formats.errors", "formats.words"},  # the tokenizer of ROUGE and lengths for languages other than English
     "lastmile": {"data", "model", "lora", "quant", "ppo", "eval", *WINGS},
 }
 

@@ -12,6 +12,7 @@ import torch
 from helpers import exit_code, journal, learned
 
 import data
+import lastmile
 import lora
 import model
 import ppo
@@ -215,9 +216,9 @@ def test_judge_says_whether_the_reward_model_pays(fresh_run, reward, capsys):
     assert len(said[2]) == 2
 
 
-def test_mle_learns_what_the_judge_picks(fresh_run, reward, capsys):
+def test_mle_learns_what_the_judge_picks(fresh_run, reward, monkeypatch):
     """`mle --best-of` is the truth and, of each input, one sample of the adapter it starts from: the control that RL
-    must beat. The same command, stopped and resumed, ends with the same bits.
+    must beat. The same command, stopped and resumed, ends with the same bits; it does not sample again.
     """
     assert fresh_run("mle", *SMALL) == 0
     (fresh_run.folder / "mle").rename(fresh_run.folder / "first")
@@ -226,7 +227,11 @@ def test_mle_learns_what_the_judge_picks(fresh_run, reward, capsys):
     assert fresh_run("mle", *flags, "--save-every", 1) == 0
     assert len(journal(fresh_run.folder / "mle")) == 4
     expected = learned(fresh_run.folder / "mle")
+    step, held = lastmile.mle_step, []
+    monkeypatch.setattr(lastmile, "mle_step", lambda llama, *more: held.append(llama.prepared) or step(llama, *more))
     assert fresh_run("mle", *flags, "--overwrite", "--max-time", 1e-9) == 143
+    assert held == [None]  # the sampler's copy of the weights is not held through the training
+    monkeypatch.setattr(best_of, "sampled", lambda *_: pytest.fail("sampled again"))
     assert fresh_run("mle", *flags, "--overwrite", "--resume") == 0
     assert learned(fresh_run.folder / "mle") == expected
 
@@ -241,7 +246,7 @@ def test_picked_rows_are_the_judge_s(run_folder):
         return (batch.tokens % 7).float() * batch.mask
 
     groups = best_of.sampled(settings, llama, positives, None, 4)
-    rows = best_of.picked(settings, llama, positives, score, None, 4)
+    rows = best_of.picked(settings, positives, score, groups)
     for row, truth, responses in zip(rows, positives, groups, strict=True):
         means = [sum(token % 7 for token in response) / len(response) for response in responses]
         assert row.prompt == truth.prompt and row.response == responses[int(np.argmax(means))]

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import lastmile
 from formats.errors import UserError
-from interface import command_line, folders
+from interface import command_line, folders, plan
 from interface import commands as settings_module
+from interface.training_settings import Mle
 from safety import ranks, terminal
 from safety import run as run_module
 from safety.memory import FreeMemory, resident_memory, return_free_memory
@@ -167,6 +168,19 @@ def test_bf16_is_timed():
     """The answer of a clock, whichever, in no more time than a user would notice."""
     start = time.perf_counter()
     assert cpu.bf16_is_faster() in (True, False) and time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "said"),
+    [(60, 1e-5, "--learning-rate 3e-04"), (15, 1e-5, "--learning-rate 1e-03"), (60, 1e-4, ""), (1800, 1e-5, "")],
+)
+def test_a_run_that_cannot_learn_says_so(steps, rate, said, capsys):
+    """The paper's rate is for its 1,800 steps: a first run on a few hundred rows ended where it began, in silence."""
+    plan.warn_of_little_training(Mle(learning_rate=rate), steps)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == bool(said)
+    plan.warn_of_little_training(Mle(learning_rate=rate, tune="full"), steps)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["reward", "mle", "ppo"])
@@ -905,8 +919,9 @@ def test_ppo_refuses_an_init_of_another_base_first(fresh_run, trained, tmp_path,
 
 
 def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, capsys):
-    """`ppo` alone is `reward`, with that stage's own defaults and the same data, model, --max-steps and
-    --train-examples, and then `ppo`: the same bytes. It says so, and a [reward] table of the settings file counts.
+    """`ppo` alone is `reward`, with that stage's own defaults and the same data, model and --train-examples,
+    --max-steps for as many examples, and then `ppo`: the same bytes. It says so, and a [reward] table of the settings
+    file counts.
     """
     file = written(tmp_path, "[reward]\neval_examples = 4\nlora_r = 2\n[ppo]\nlora_r = 3\n")
     flags = [*SMALL, "--config", file, "--seed", 4]
@@ -914,12 +929,12 @@ def test_ppo_makes_the_reward_model_it_lacks(fresh_run, tmp_path, run_folder, ca
     out, place = capsys.readouterr().out, fresh_run.folder
     assert f"ppo: no reward model in {place}/reward yet; training it first" in out
     settings = json.loads((place / "reward/config.json").read_text())
-    expected = dict(batch_size=14, epochs=1, learning_rate=2e-3, max_steps=2, train_examples=14, max_new_tokens=24)
+    expected = dict(batch_size=14, epochs=1, learning_rate=2e-3, max_steps=6, train_examples=14, max_new_tokens=24)
     expected |= dict(eval_examples=4, lora_r=2, seed=4, output_dir=str(place), model=f"{place}/base", stage="reward")
     assert {name: settings[name] for name in expected} == expected
     apart = ["--model", place / "base", "--output-dir", tmp_path / "apart"]
-    for stage in ("reward", "ppo"):
-        assert lastmile.main([stage, *map(str, [*flags, *apart])]) == 0
+    for stage, steps in (("reward", 6), ("ppo", 2)):  # 2 steps of 7 examples, each 6 rows of the reward model
+        assert lastmile.main([stage, *map(str, [*flags, *apart, "--max-steps", steps])]) == 0
         assert learned(tmp_path / "apart" / stage) == learned(place / stage)
     assert "training it first" not in capsys.readouterr().out
 
@@ -1095,6 +1110,7 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --learning-rate nan": "--learning-rate: nan is out of range",
     "mle --learning-rate inf": "out of range",
     "mle --learning-rate 0": "above 0",
+    "mle --dtype float16": "gradients vanish without loss scaling; use bfloat16 or float32",
     "ppo --lam 1.5": "at most 1",
     "sample hello --top-p 0": "--top-p: 0 is out of range",
     "ppo --init nowhere": "nowhere: no adapter",
@@ -1332,3 +1348,26 @@ def test_gguf_is_called_by_its_name(tmp_path, where, capsys):
 def test_every_command_is_in_the_docstring():
     """`lastmile.py`'s first lines are its table of contents; predict was once missing there."""
     assert all(f"python lastmile.py {name} " in lastmile.__doc__ for name in lastmile.COMMANDS)
+
+
+def test_other_data_are_warned_of(fresh_run, tmp_path, capsys):
+    """Two data sets of one name share a run's folder: a reward model of the one then judged the other, without a word
+    before the hours. And what has trained an adapter is no test of it.
+    """
+    rows = [{"input": e.source, "output": e.target} for e in lastmile.data.toy("train")[:40]]
+    for name, first in (("one", 0), ("two", 20)):
+        (tmp_path / name).mkdir()
+        for split, start, end in (("train", first, first + 14), ("validation", 34, 40), ("test", 0, 3)):
+            text = "".join(json.dumps(row) + "\n" for row in rows[start:end])
+            (tmp_path / name / f"{split}.jsonl").write_text(text)
+    flags = ["--max-steps", 1, "--max-new-tokens", 24, "--eval-examples", 2, "--data"]
+    one, two = [*flags, tmp_path / "one"], [*flags, tmp_path / "two"]
+    assert fresh_run("reward", *one) == fresh_run("mle", *one) == fresh_run("ppo", *one, "--init", "mle") == 0
+    assert "trained on" not in capsys.readouterr().err
+    assert fresh_run("ppo", *two, "--init", "mle", "--overwrite") == 0
+    error = capsys.readouterr().err
+    for name in ("reward", "mle"):
+        assert f"{fresh_run.folder}/{name}: trained on other data: it has seen 0 of these 14 examples" in error
+    flags = ["--adapters", "base,mle", "--bleurt", "none", "--max-new-tokens", 24]
+    assert fresh_run("eval", *flags, "--data", tmp_path / "one") == 0
+    assert f"{fresh_run.folder}/mle: trained on 3 of these 3 test inputs" in capsys.readouterr().err

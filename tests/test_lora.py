@@ -2,17 +2,22 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import dense_twin, packed_folder
+from helpers import damage_folder, dense_twin, packed_folder
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import lora
 import model
+from formats.errors import UserError
+from safety.checkpoint import model_hash
+from safety.files import digest
+from safety.run import changes
 from speed import cpu as cpu_speed
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -501,3 +506,60 @@ def test_gradients_equal_pefts(tmp_path, form):
     for key, parameter in learning.items():
         assert parameter.grad.norm() > 1e-3
         assert (ours[key].grad - parameter.grad).norm() < 1e-3 * parameter.grad.norm()
+
+
+def reindented(folder):
+    raw = json.loads((folder / "config.json").read_text()) | {"transformers_version": "9"}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def other_eps(folder):
+    damage_folder(folder, lambda config, tensors: config.update(rms_norm_eps=0.5))
+
+
+def in_two_files(folder):
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    parts = {"a.safetensors": dict(tensors[::2]), "b.safetensors": dict(tensors[1::2])}
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (reindented, True),
+        (in_two_files, True),
+        (lambda folder: shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors"), True),
+        (other_eps, False),
+        (lambda folder: damage_folder(folder, lambda _, tensors: tensors["model.norm.weight"][3:4].add_(1)), False),
+        (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 9}'), False),
+    ],
+    ids=["config re-indented", "in two files", "an unused file", "another epsilon", "another weight", "another EOS"],
+)  # fmt: skip
+def test_what_makes_another_base(run_folder, tmp_path, change, same):
+    """An adapter knows its base by what that computes: not by blanks in config.json, which a download may change, but
+    by an EOS in another file. What older versions wrote, the hash of whole files, is still taken for those files.
+    """
+    folder = tmp_path / "base"
+    shutil.copytree(run_folder / "base", folder)
+    before = model_hash(folder)
+    old = digest(folder / "model.safetensors", folder / "config.json")
+    assert before == old and old == before and before != "another"
+    assert changes({"base model": old}, {"base model": before}) == []  # a checkpoint of an older version resumes
+    assert json.loads(json.dumps({"base model": before})) == {"base model": before}
+    change(folder)
+    assert (model_hash(folder) == str(before)) is same
+    llama = model.load(folder)
+    llama.hash = model_hash(folder)
+    llama.add_adapter("mle", 4, 8.0, ["q_proj"], torch.Generator())
+    llama.save_adapter("mle", tmp_path / "adapter", "base")
+    for known, taken in ((str(before), same), (llama.hash.old, True), (str(llama.hash), True)):
+        (tmp_path / "adapter/base.sha256").write_text(f"{known}\n")
+        if taken:
+            llama.load_adapter("mle", tmp_path / "adapter")
+        else:
+            with pytest.raises(UserError, match="another base model"):
+                llama.load_adapter("mle", tmp_path / "adapter")

@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 
 import pytest
-from helpers import contents
+import torch
+from helpers import contents, damage_folder
 
 import data
 import lastmile
@@ -152,6 +154,15 @@ def test_another_work_s_file_is_kept(predict, inputs, tmp_path, capsys, flags, s
     assert said in capsys.readouterr().err and contents(tmp_path) == before
 
 
+def test_another_tokenizer_continues_no_file(predict, run_folder, inputs, tmp_path, capsys):
+    """It reads the inputs and writes the outputs; only its template was compared."""
+    shutil.copytree(run_folder / "base", tmp_path / "base")
+    assert predict("out.jsonl", "--model", tmp_path / "base") == 0
+    data.train_tokenizer([e.source for e in data.toy("test")], 700, tmp_path / "base")
+    assert predict("out.jsonl", "--model", tmp_path / "base") == 2
+    assert "differs from this call in the tokenizer;" in capsys.readouterr().err
+
+
 BAD = {  # flags after the good ones: what is said
     "mine.jsonl": (["--output", "mine.jsonl"], "exists and was not written by predict"),
     "a name": (["--output", "mine.csv"], "JSON lines; give it a name that ends in .jsonl"),
@@ -173,3 +184,50 @@ def test_bad_input(predict, tmp_path, monkeypatch, capsys, flags, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert (tmp_path / "mine.jsonl").read_text() == "mine\n" and not (tmp_path / "new.jsonl").exists()
+
+
+def not_a_number(tensors):
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+
+
+def beyond_fp16(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 3e4
+    tensors["model.layers.1.mlp.down_proj.weight"] /= 3e4
+
+
+@pytest.mark.parametrize(
+    ("damage", "dtype", "cause"),
+    [(not_a_number, "float32", "tensor model.layers.1.mlp.down_proj.weight contains NaN or infinity; download"),
+     (beyond_fp16, "float16", "activations beyond what torch.float16 can represent; use --dtype bfloat16 or float32")],
+)  # fmt: skip
+def test_numbers_that_are_not_finite(run_folder, reward, tmp_path, inputs, damage, dtype, cause, capsys):
+    """The likeliest of NaN is some token: garbage, written with exit code 0. Every command that samples or scores ends
+    as training does, with code 3, the cause and the row's id; merge writes no NaN.
+    """
+    shutil.copytree(run_folder / "pretrain", tmp_path / "model")
+    damage_folder(tmp_path / "model", lambda config, tensors: damage(tensors))
+    llama = model.load(tmp_path / "model")
+    llama.add_adapter("mle", 4, 8.0, ["q_proj"], torch.Generator())
+    llama.save_adapter("mle", tmp_path / "mle", "base")
+    shared = ["--model", tmp_path / "model", "--output-dir", tmp_path / "run", "--dtype", dtype]
+    shared += ["--max-new-tokens", 24]
+    shutil.copytree(reward, tmp_path / "reward")
+    (tmp_path / "reward/base.sha256").unlink()
+    commands = {
+        "sample --adapter base hello": "",
+        f"predict --adapter base --input {inputs} --output {tmp_path}/out.jsonl": "row d",
+        "eval --adapters base --test-examples 4": "row toy-test-",
+        f"judge --adapter base --reward {tmp_path}/reward --eval-examples 2": "row toy-validation-",
+        f"reward --samples base --train-examples 4 --eval-examples 2 --init {tmp_path}/reward": "row toy-train-",
+        f"merge --adapter {tmp_path}/mle --dtype float32": "",
+    }
+    for line, row in commands.items():
+        if damage == beyond_fp16 and line.split()[0] in ("merge", "reward"):  # it fits fp32; fp16 trains nothing
+            continue
+        capsys.readouterr()
+        command, *flags = line.split()
+        assert lastmile.main([command, *map(str, shared), *flags]) == 3, line
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert row in error, error
+        assert cause in error or command == "merge" and "down_proj.weight has no finite" in error, error
+    assert not list((tmp_path / "run").glob("*/model.safetensors"))

@@ -4,8 +4,10 @@ The ranks are started as torchrun starts them, by its environment variables and 
 loopback device; one test goes through torchrun itself.
 """
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 
 import lastmile
 from formats.errors import UserError
-from safety import ranks
+from safety import ranks, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 # Runs commands one after the other, each by a store of its own, and ends with the largest of their codes.
@@ -67,9 +69,9 @@ class Ranks:
             )  # fmt: skip
 
     def end(self):
-        """(exit codes, what each rank wrote to standard error), progress bars left out."""
+        """(exit codes, what each rank wrote to standard error), progress bars and warnings left out."""
         found = [process.communicate(timeout=120) for process in self.processes]
-        errors = [[line for line in err.splitlines() if line.startswith("lastmile.py")] for _, err in found]
+        errors = [[line for line in err.splitlines() if re.match("lastmile.py: (?!warning)", line)] for _, err in found]
         return [process.returncode for process in self.processes], errors
 
 
@@ -292,3 +294,11 @@ def test_what_ranks_cannot_do_is_refused(monkeypatch, command, device, message):
             ranks.start(command, {"device": device})
     finally:
         ranks.finish()
+
+
+def test_only_the_first_rank_speaks(monkeypatch):
+    """Notes on columns and weights come from readers that know no ranks: eight ranks printed each eight times."""
+    monkeypatch.setattr(terminal.Shown, "anything", False)
+    stream = io.StringIO()
+    print("train: columns that are not used: id", file=terminal.Stream(stream))
+    assert not stream.getvalue()

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -449,6 +450,7 @@ WANDB = """
 class Error(Exception): pass
 calls = []
 class Run:
+    id = "abc"
     def log(self, numbers, step): calls.append((step, numbers))
     def finish(self): calls.append("finish")
 def init(**settings):
@@ -483,7 +485,26 @@ def test_loggers_hear_every_step(fresh_run, tmp_path, monkeypatch):
     assert len(steps) == len(rows)
     found = EventAccumulator(str(fresh_run.folder / "tensorboard" / "mle")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in rows]
+    assert fresh_run("mle", *TINY.split(), "--report-to", "wandb", "--overwrite", "--max-time", 1e-9) == 143
+    wandb.calls.clear()
+    assert fresh_run("mle", *TINY.split(), "--report-to", "wandb", "--overwrite", "--resume") == 0
+    assert wandb.calls[0]["id"] == "abc" and wandb.calls[0]["resume"] == "allow" and wandb.calls[1][0] == 1
+    assert "id" not in first
     assert (mle / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_tensorboard_shows_a_resumed_step_once(fresh_run, monkeypatch):
+    """Steps that a killed run had logged after its last checkpoint are logged again when it is resumed."""
+    pytest.importorskip("tensorboard", reason="needs tensorboard: make setup")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*TINY.split(), "--report-to", "tensorboard", "--save-every", 1]
+    monkeypatch.setattr(lastmile, "save_trained", Mock(side_effect=MemoryError))
+    assert fresh_run("mle", *flags) == 4
+    shutil.rmtree(fresh_run.folder / "mle.partial/checkpoints/step-00000003")
+    assert fresh_run("mle", *flags, "--resume") == 4
+    found = EventAccumulator(str(fresh_run.folder / "tensorboard" / "mle")).Reload()
+    assert [e.step for e in found.Scalars("loss")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,27 @@ def test_resume_from_before(train, interrupted, after, whole):
     assert result(train.folder / "mle") == whole("mle")
 
 
+def test_later_checkpoints_are_named_when_they_go(train, interrupted, after, whole, capsys):
+    """Hours may be in them; whoever named the wrong checkpoint sees at the first save which are gone."""
+    folder = interrupted("mle", 10, "--keep-checkpoints", 3)
+    after({7: lambda run: assert_saved(run, [6, 9, 10])})
+    assert train("mle", "--resume", folder / "checkpoints/step-00000006", "--save-every", 1) == 0
+    removed = "mle: removes step-00000009, step-00000010: this run was resumed from an earlier step"
+    assert capsys.readouterr().out.count(removed) == 1
+    assert result(train.folder / "mle") == whole("mle")
+
+
+def test_the_held_out_report_can_be_smaller(train, whole, monkeypatch, capsys):
+    """It comes after hours of training, whose last step is saved; if it does not fit into memory, fewer examples do."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lastmile.validation, "reward_report", lambda *_: no_memory_on_a_cpu())
+        assert train("reward") == 4
+    assert train("reward", "--resume", "--eval-examples", 3) == 0
+    found = result(train.folder / "reward")
+    assert found.pop("heldout.json") != whole("reward")["heldout.json"]
+    assert found == {name: content for name, content in whole("reward").items() if name != "heldout.json"}
+
+
 def assert_saved(run, steps):
     assert [int(place.name[5:]) for place in checkpoint_files.checkpoints(run.folder)] == steps
 
