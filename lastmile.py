@@ -351,7 +351,7 @@ def reward_step(llama, batch, optimizer, rate, weight_per_batch, level="token", 
         scores.append(score.detach())
     grad_norm = optimizer.step(rate)
     score = ranks.whole(torch.cat(scores), len(batch.rows))  # (B, T)
-    scored = ppo.scored_tokens(batch.mask, level) & batch.judged  # (B, T)
+    scored = ppo.learned_tokens(batch, level)  # (B, T)
     good = batch.label[:, None] == 1  # (B, 1)
     return {
         "loss": ppo.reward_loss(score, batch, level).item(),

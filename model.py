@@ -255,6 +255,15 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
 
 
+def called(function, *inputs):
+    return function(*inputs)
+
+
+def recomputed(function, *inputs):
+    """The same value, but backward computes what is inside again instead of keeping it."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Llama(nn.Module):
     """A Llama with named adapters and scalar heads.
 
@@ -316,19 +325,14 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         rope = self.rope(positions)
         *blocks, last = self.model.layers
-        recompute = self.recompute and torch.is_grad_enabled()
+        run = recomputed if self.recompute and torch.is_grad_enabled() else called
         for layer, block in enumerate(blocks):
-            inputs = x, rope, adapter, attention, layer
-            x = (
-                checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else block(*inputs)
-            )
-        y = last.attend(x, rope, adapter, attention, len(blocks))  # (B, T, H D)
+            x = run(block, x, rope, adapter, attention, layer)
+        y = run(last.attend, x, rope, adapter, attention, len(blocks))  # (B, T, H D)
         if indices is not None:  # keys and values were needed of every token, what follows is not
             x, y = x.flatten(0, 1)[indices], y.flatten(0, 1)[indices]  # (n, C), (n, H D)
             adapter = rows_of_indices(adapter, indices, tokens.shape[1])
-        return self.model.norm(last.feed(x, y, adapter))
+        return self.model.norm(run(last.feed, x, y, adapter))
 
     def logits(self, h, adapter=None):
         """Next-token logits, fp32: (…, C) -> (…, V). adapter: whose states these are; the head is the same for all."""

@@ -139,6 +139,11 @@ def scored_tokens(mask, level):
     return mask & ~next_is_response
 
 
+def learned_tokens(batch, level):
+    """The tokens that the reward model learns from, (B, T): those that are judged, or the last ones ("sequence")."""
+    return batch.judged if level == "token" else scored_tokens(batch.mask, level)
+
+
 def reward_loss(score, batch, level="token"):
     """Weighted squared error of the token scores (B, T) to the labels (paper, 3.2).
 
@@ -146,7 +151,7 @@ def reward_loss(score, batch, level="token"):
     short ones, nor a long output the edit in it; the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for
     negatives.
     """
-    mask = scored_tokens(batch.mask, level) & batch.judged
+    mask = learned_tokens(batch, level)
     error = torch.where(mask, (score - batch.label[:, None]).square(), 0)  # (B, T)
     datum = error.sum(1) / mask.sum(1)  # (B,)
     return (batch.weight * datum).sum() / batch.weight.sum()

@@ -258,9 +258,8 @@ def ppo_stage(llama, tokenizer, batch):
 
     for step in range(UPDATES):
         truth = ppo.is_ground_truth(step, PLAN.ground_truth_fraction)
-        generator = draw("rollout", step)
-        sample = lambda prompts, g=generator: model.sample(llama, prompts, "policy", CAP, generator=g)  # noqa: E731
-        taken = batch if truth else ppo.rollout(batch, sample)
+        drawn = {"adapter": "policy", "max_new_tokens": CAP, "generator": draw("rollout", step), "with_logp": True}
+        taken = batch if truth else ppo.rollout(batch, functools.partial(model.sample, llama, **drawn))
         if step < 2:
             name = "truth" if truth else "sampled"
             logp, value, _ = ppo.actor_critic(llama, taken)

@@ -158,12 +158,14 @@ def load(folder):
         file = folder / "tokenizer.model"
         check_sentencepiece(file)
     with one_line(file):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         kind = AutoConfig.for_model(model.get("model_type", "llama"), tokenizer_class=model.get("tokenizer_class"))
-        found = AutoTokenizer.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
+        of_5 = str(config.get("tokenizer_class")).startswith("TokenizersBackend")  # transformers 5's general class
+        reader = PreTrainedTokenizerFast if of_5 else AutoTokenizer
+        found = reader.from_pretrained(folder, config=kind, local_files_only=True, trust_remote_code=False)
         raw = json.loads(found.backend_tokenizer.to_str())
         eos = found.eos_token
         vocabulary = found.get_vocab()

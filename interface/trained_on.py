@@ -22,19 +22,24 @@ def write(folder, rows):
     (folder / FILE).write_text("".join(f"{line}\n" for line in sorted(lines)))
 
 
-def seen(folder, rows, column):
-    """How many rows an adapter has learned from, by their inputs (column 0) or outputs, too (1); None: unknown."""
+def known(folder, column):
+    """The inputs (column 0) that an adapter has learned from, or inputs with outputs (1), as hashes; None: unknown."""
     file = Path(folder) / FILE
     if not file.is_file():
         return None
-    known = {tuple(line.split())[column:][:1] for line in file.read_text(errors="replace").splitlines()}
-    return sum((hashes(row)[column],) in known for row in rows)
+    return {line.split()[column] for line in file.read_text(errors="replace").splitlines() if len(line.split()) == 2}
+
+
+def seen(folder, rows, column):
+    """How many rows an adapter has learned from, see `known`; None: unknown."""
+    found = known(folder, column)
+    return None if found is None else sum(hashes(row)[column] in found for row in rows)
 
 
 def warn_of_other_data(folder, rows):
-    """Warn if an adapter has learned from fewer than half of the rows that it is to be used with."""
+    """Warn if less than half of an adapter's data, or of the rows that it is to be used with, is in the other."""
     rows = [row for row in rows if row.label]
     found = seen(folder, rows, 1)
-    if found is not None and 2 * found < len(rows):
+    if found is not None and 2 * found < min(len(rows), len(known(folder, 1))):
         seen_of = f"it has seen {found} of these {len(rows)} examples"
         warn(f"{folder}: trained on other data: {seen_of}; train another, if that is not meant")

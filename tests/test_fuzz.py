@@ -72,6 +72,6 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path, capfd):
 def test_a_long_prompt_is_refused_and_a_long_message_cut(fresh_run, capsys):
     """Attention over a book takes hours and all memory; an error line that quotes one hides what it says."""
     assert fresh_run("sample", "chess " * 5000, "--adapter", "base") == 2
-    assert "the model reads 4096" in capsys.readouterr().err
+    assert "the limit is 3996" in capsys.readouterr().err
     assert fresh_run("sample", "hello", "--adapter", "x" * 5000) == 2
     assert len(capsys.readouterr().err) < 1000

@@ -1279,7 +1279,7 @@ def test_prompt_and_answer_fit_into_the_context(fresh_run, tmp_path, capsys):
     found = capsys.readouterr().out
     assert re.search(r"train: 2700 examples, [1-9]\d* dropped .*: [1-9]\d* with inputs over 60 tokens", found)
     assert fresh_run("sample", "chess " * 80, *at, "--adapter", "base") == 2
-    assert "30 new ones, but the model reads 90" in capsys.readouterr().err
+    assert "the limit is 60; shorten the text" in capsys.readouterr().err
     assert fresh_run("eval", *at[:2], "--max-new-tokens", 90, "--adapters", "base") == 2
     assert "--max-new-tokens 90: the model reads 90 tokens; lower it" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from formats import llama_folder
 
 PROMPT = "Anna: Shall we meet at six?"
 EXTRA = {
-    "chat_template.jinja": "{{ messages }}",
+    "chat_template.jinja": "{{ '<|im_start|>' }}{{ messages }}",
     "added_tokens.json": "{}",
     "merges.txt": "#version: 0.2",
     "README.md": "# a card",

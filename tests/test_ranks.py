@@ -114,7 +114,9 @@ def test_adapters_are_those_of_one_process(alone, together, adapter):
     file = "model.safetensors" if adapter.startswith("full") else "adapter_model.safetensors"
     one, other = [load_file(folder / adapter / file) for folder in (alone, together)]
     assert one.keys() == other.keys()
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-6
+    assert (
+        max((one[name] - other[name]).abs().max().item() for name in one) < 3e-6
+    )  # fp32; the ratio takes the rounding of the sampler, too
     if adapter.startswith("full"):
         start = load_file(alone / "dense" / file)
         one = {name + "lora_B": tensor - start[name] for name, tensor in one.items()}

@@ -851,9 +851,7 @@ def bad_gradient(run, monkeypatch):
 
 
 def bad_reward(run, monkeypatch):
-    monkeypatch.setattr(
-        lastmile.ppo, "reward_scores", lambda llama, batch, level: torch.full(batch.mask.shape, torch.nan)
-    )
+    monkeypatch.setattr(lastmile.ppo, "token_scores", lambda llama, batch: torch.full(batch.mask.shape, torch.nan))
 
 
 def bad_weight(run, monkeypatch):
@@ -991,7 +989,13 @@ def test_no_escape_sequence_reaches_the_terminal(train, material, monkeypatch, t
     base = ["--model", material / "base", "--output-dir", tmp_path / "run"]
     tokenizer = lastmile.data.load_tokenizer(material / "base")
     said = tokenizer.encode([HOSTILE])[0]
-    monkeypatch.setattr(lastmile.model, "sample", lambda llama, prompts, *more, **options: [said for _ in prompts])
+
+    def sample(llama, prompts, *more, each=None, **options):
+        for token in said if each else ():
+            each(lastmile.torch.tensor([token]))
+        return [said for _ in prompts]
+
+    monkeypatch.setattr(lastmile.model, "sample", sample)
     commands = [
         ["eval", *base, "--data", tmp_path / "data", "--adapters", "base", "--bleurt", "none", "--max-new-tokens", 200],
         ["sample", "hello", *base, "--adapter", "base"],

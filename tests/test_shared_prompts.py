@@ -126,16 +126,16 @@ def test_groups_are_dealt_whole(batch_size):
             prompt = [i] * rng.randint(1, 9)
             rows += [data.Datum("", "", "", prompt, [0] * rng.randint(1, 9)) for _ in range(rng.randint(1, 7))]
         most = rng.randint(0, 4)
-        dealt = shared_prompts.grouped_batches(rows, batch_size, trial, 0, most)
+        dealt = data.grouped_batches(rows, batch_size, trial, 0, most)
         assert sorted(i for batch in dealt for i in batch) == list(range(len(rows))) and all(dealt)
         assert len(dealt) == len(data.batches([1] * len(rows), batch_size, trial, 0))
-        assert dealt == shared_prompts.grouped_batches(rows, batch_size, trial, 0, most)
+        assert dealt == data.grouped_batches(rows, batch_size, trial, 0, most)
         if batch_size == 14 and most == 0:
             batches_of = Counter()
             for batch in dealt:
                 batches_of.update({rows[i].prompt[0] for i in batch})
             assert set(batches_of.values()) == {1}
-    assert dealt != shared_prompts.grouped_batches(rows, batch_size, trial, 1, most) or len(rows) < 4
+    assert dealt != data.grouped_batches(rows, batch_size, trial, 1, most) or len(rows) < 4
 
 
 def test_fourteen_rows_a_step_on_average():
@@ -143,8 +143,8 @@ def test_fourteen_rows_a_step_on_average():
     by halves of a datum's rows, unless whole groups are asked for.
     """
     rows = [data.Datum("", "", "", [i], [0]) for i in range(70) for _ in range(6)]
-    assert Counter(map(len, shared_prompts.grouped_batches(rows, 14, 0, 0, most=3))) == {12: 10, 15: 20}
-    assert Counter(map(len, shared_prompts.grouped_batches(rows, 14, 0, 0, most=0))) == {12: 20, 18: 10}
+    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=3))) == {12: 10, 15: 20}
+    assert Counter(map(len, data.grouped_batches(rows, 14, 0, 0, most=0))) == {12: 20, 18: 10}
 
 
 def test_a_step_is_the_same_step(run_folder, ragged):

@@ -267,7 +267,7 @@ def c4(size, seconds, results):
     ways = {"shared by three": 3, "shared by six": 0, "not shared": 1}  # rows of a prompt that share a batch, 0: all
     batches = {}
     for way, most in ways.items():
-        order = itertools.islice(shared_prompts.epochs(rows, s.batch_size, 0, most), 3)  # an epoch
+        order = itertools.islice(data.epochs(rows, s.batch_size, 0, most), 3)  # an epoch
         batches[way] = [data.collate([rows[i] for i in index]) for index in order]
         assert sum(len(batch.rows) for batch in batches[way]) == len(rows)
     update = lastmile.Optimizer(llama.adapter_parameters("reward"), max_grad_norm=1.0)
