@@ -25,7 +25,7 @@ BASE = $(if $(filter toy,$(DATA)),$(OUT)/base/model.safetensors)
 help:     ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
-demo:     ## pretrain, quantise, reward, mle, ppo, eval, tables, report on the toy: 6 minutes on 2 cores
+demo:     ## pretrain, quantize, reward, mle, ppo, eval, tables, report on the toy: 6 minutes on 2 cores
 	@$(MAKE) --no-print-directory reward DATA=toy FLAGS=
 	@# ppo and mle gain next to nothing from a second thread: they run side by side, each with a progress bar of its own
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 ppo mle DATA=toy FLAGS= MLE_BAR=1
@@ -62,7 +62,7 @@ real: .venv/run
 # ----------------------------------------------------------------------------------------------------------------------
 # The stages. Each depends on the files of those before it.
 
-base:     ## a tiny 4-bit Llama, pretrained and quantised from scratch
+base:     ## a tiny 4-bit Llama, pretrained and quantized from scratch
 base: $(OUT)/base/model.safetensors
 
 reward:   ## the reward model

@@ -9,7 +9,7 @@ Everything that follows depends on two conventions:
 * Column t of every (B, T) tensor belongs to token t.
 * Masks come from lengths, never from comparing ids: Llama-2 has no padding token, and its EOS is an action.
 
-Prompt and response are tokenised separately and their ids joined, so that training and sampling see the same ids.
+Prompt and response are tokenized separately and their ids joined, so that training and sampling see the same ids.
 
 Paper: Solway 2024, arXiv 2408.16753; sections 3.2 (negatives) and 4.2 (data sets).
 Dimensions: B batch, T time (longest row of the batch).
@@ -195,7 +195,7 @@ class Datum:
 
 
 def encode(examples, tokenizer, max_input_tokens=400, max_new_tokens=100, append_eos=True):
-    """Tokenise examples and drop those that are too long.
+    """Tokenize examples and drop those that are too long.
 
     max_input_tokens counts BOS, template and source (paper, 4.2); max_new_tokens counts target and EOS: a response
     that the sampler cannot finish is no example to learn from (choice; it drops none of SAMSum).

@@ -69,7 +69,7 @@ def ratio(logp, logp_old):
 
 
 def gae(reward, value, mask, gamma, lam):
-    """Equation 2, generalised advantages: A_t = delta_t + gamma lam A_{t+1}, delta_t = r + gamma V(next) - V.
+    """Equation 2, generalized advantages: A_t = delta_t + gamma lam A_{t+1}, delta_t = r + gamma V(next) - V.
 
     reward, value (B, T) float, mask (B, T) bool; returns (B, T), 0 outside the mask.
     Example: gamma = lam = 1, reward [1, 1], value [0.5, 0.25] -> adv [1.5, 0.75] = return - value.
@@ -86,7 +86,7 @@ def gae(reward, value, mask, gamma, lam):
 
 
 def policy_loss(logp, traj, clip_eps):
-    """Equation 3, to be minimised: minus the clipped objective, mean over all response tokens of the batch."""
+    """Equation 3, to be minimized: minus the clipped objective, mean over all response tokens of the batch."""
     w = ratio(logp, traj.logp_old)
     objective = torch.minimum(w * traj.adv, w.clamp(1 - clip_eps, 1 + clip_eps) * traj.adv)
     return -masked_mean(objective, traj.mask)
@@ -204,7 +204,7 @@ def token_entropy(logits, batch):
 def actor_critic(llama, batch, entropy_learns=False):
     """Policy and value in ONE pass: their rows are stacked in one batch over the shared base.
 
-    The adapters differ, the base does not: each of its products (and each dequantisation) is done once for both.
+    The adapters differ, the base does not: each of its products (and each dequantization) is done once for both.
     Returns logp, value and entropy, all (B, T). entropy_learns: whether the loss has an entropy term; without, nothing
     of it is kept for backward.
     """

@@ -10,7 +10,7 @@ Eight 4-bit numbers share an int32, the first in the lowest bits:
     qweight (K/8, N) int32   nibble j of word r is q[8r + j, n]: packed down the rows
     qzeros  (G, N/8) int32   nibble j of word c is z[g, 8c + j] - zero_offset: packed along the columns
     scales  (G, N)   fp16
-    g_idx   (K,)     int32   k // group_size, or any order when the quantiser sorted the rows ("act-order")
+    g_idx   (K,)     int32   k // group_size, or any order when the quantizer sorted the rows ("act-order")
 
 Worked example: the rows 1, 2, ..., 8 of one column pack into the word 0x87654321.
 
@@ -18,9 +18,9 @@ The trap of the format: checkpoints of version 1 ("gptq", nearly all there are) 
 version 2 ("gptq_v2") stores z, so zero_offset is 0. Some labels are wrong; see `formats.gptq.find_zero_offset`.
 
 `QuantLinear` is frozen. Its backward yields the gradient of the input only, from the packed tensors: a base that kept
-its dequantised weights for backward would not be a 4-bit base. On a CPU the weights are dequantised once and kept, the
+its dequantized weights for backward would not be a 4-bit base. On a CPU the weights are dequantized once and kept, the
 fastest there for models that fit. On a GPU the words are rearranged (`Tiles`), and a Triton kernel multiplies
-straight from them when there are few rows (decoding); with many rows (training) it pays to dequantise into a scratch
+straight from them when there are few rows (decoding); with many rows (training) it pays to dequantize into a scratch
 matrix and leave the product to cuBLAS.
 
 GPTQ: Frantar et al. 2023, arXiv 2210.17323. File format: AutoGPTQ, GPTQModel.
@@ -232,7 +232,7 @@ if triton:
 # mma, which shares the products with ones and waits for nothing; 64 rows are worth four warps and wgmma.
 # No GPU has timed these, KERNEL_ROWS or PROGRAMS yet.
 CONFIGS = ((8, 128, 2, 4), (16, 128, 2, 4), (32, 128, 2, 3), (64, 128, 4, 3))
-KERNEL_ROWS = 64  # up to here the packed kernel, above it dequantise and use cuBLAS
+KERNEL_ROWS = 64  # up to here the packed kernel, above it dequantize and use cuBLAS
 PROGRAMS = 4 * 132  # K is split until there are so many: four for each multiprocessor of a Hopper
 FUSED = {"enable_fp_fusion": True}  # a b + c as one instruction; Triton 3.9 warns if this is not set
 
@@ -443,7 +443,7 @@ class QuantLinear(PackedWeight, nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The quantiser
+# The quantizer
 
 
 @dataclass(frozen=True)
@@ -551,7 +551,7 @@ def quantized(name, linear, hessian, recipe):
     """The QuantLinear of an nn.Linear by `gptq`; name: for messages."""
     N, K = linear.weight.shape
     if N % 8 or K % 8:
-        raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantised")
+        raise UserError(f"{name}: {N} x {K} weights do not fill int32 words of eight; leave it unquantized")
     layer = QuantLinear(K, N, recipe.group_size, linear.bias is not None)
     try:
         packed = gptq(linear.weight, hessian, recipe)

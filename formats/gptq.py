@@ -13,7 +13,7 @@ SYNONYMS = {  # ours: what AutoGPTQ, GPTQModel, transformers and gptq-triton cal
     "act_order": ("desc_act",),
     "sym": ("sym",),
 }
-TAKE_ANOTHER = "take a 4-bit GPTQ version of the model, or make one: python lastmile.py quantize --model UNQUANTISED"
+TAKE_ANOTHER = "take a 4-bit GPTQ version of the model, or make one: python lastmile.py quantize --model UNQUANTIZED"
 
 
 def read_quantize_config(found):
@@ -21,7 +21,7 @@ def read_quantize_config(found):
 
     found: {file: its dict}; several files, and several spellings in one file, must agree. Keys that do not change how
     the tensors are read are skipped. Returns {"group_size", "act_order", "sym" (None: not said), "zero_offset"},
-    or {} where nothing is found: not quantised. Raises UserError with the file, the field and the remedy.
+    or {} where nothing is found: not quantized. Raises UserError with the file, the field and the remedy.
     """
     said = {}  # ours -> (value, where it was said)
     for file, raw in found.items():

@@ -205,7 +205,7 @@ def read_eos(folder, raw):
 
 
 def read_quantization(folder, raw):
-    """{} for an unquantised model, else its settings; several files may contain them, and must then agree."""
+    """{} for an unquantized model, else its settings; several files may contain them, and must then agree."""
     names = ("quantize_config.json", "quant_config.json")
     found = {folder / "config.json": raw.get("quantization_config") or {}}
     found |= {folder / name: read_json(folder / name) for name in names if (folder / name).is_file()}

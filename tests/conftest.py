@@ -35,7 +35,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
-    """A run's folder with a base in it: a 2-layer toy Llama of width 32, pretrained for 8 steps and quantised."""
+    """A run's folder with a base in it: a 2-layer toy Llama of width 32, pretrained for 8 steps and quantized."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
     small = "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 2"
     small += " --num-key-value-heads 1 --vocab-size 700 --max-steps 8 --batch-size 8 --train-examples 64"

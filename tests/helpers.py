@@ -113,7 +113,7 @@ def damage_folder(folder, damage):
 
 
 def dense_twin(folder):
-    """The model of a quantised folder with every packed layer written out as an nn.Linear: what 4 bits must equal."""
+    """The model of a quantized folder with every packed layer written out as an nn.Linear: what 4 bits must equal."""
     packed = model.load(folder)
     dense = model.Llama(replace(packed.config, quantization={})).requires_grad_(False)
     state = {name: tensor for name, tensor in packed.state_dict().items() if name in dense.state_dict()}

@@ -9,7 +9,7 @@
 
 1. The logits of FOLDER in GPTQModel and in ours.
 2. The gradients of a LoRA on all seven projections, which PEFT makes and saves and we load.
-3. With --write, GPTQModel quantises a small random Llama to every format that we read, and 1. is done for each.
+3. With --write, GPTQModel quantizes a small random Llama to every format that we read, and 1. is done for each.
 
 All in fp32, and twice: GPTQModel multiplies q - z by the scale in the scale's own type, fp16, and so rounds each
 weight to 11 bits, which we do not. With its scales made fp32 the two differ by the order of their sums alone.
@@ -92,7 +92,7 @@ def compare_gradients(folder, scales):
 
 
 def write_models(out, tokenizer_folder):
-    """Let GPTQModel quantise one small random Llama to every format that we read. Returns the folders."""
+    """Let GPTQModel quantize one small random Llama to every format that we read. Returns the folders."""
     from gptqmodel import GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -111,9 +111,9 @@ def write_models(out, tokenizer_folder):
     with contextlib.chdir(out):  # it writes ./logs
         for (version, sym, act), name in zip(formats, names, strict=True):
             how = QuantizeConfig(bits=4, group_size=32, sym=sym, desc_act=act, format=version)
-            quantiser = GPTQModel.load("dense", how)
-            quantiser.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
-            quantiser.save(name)
+            quantizer = GPTQModel.load("dense", how)
+            quantizer.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
+            quantizer.save(name)
     return [out / name for name in names]
 
 

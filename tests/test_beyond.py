@@ -206,7 +206,7 @@ def test_samples_are_classes_of_negatives(fresh_run, seen_rows):
 
 
 def test_a_true_sample_is_no_negative(positives, tokenizer):
-    """A sample that reads as the truth would be called 0 and 1 at once: it is left out, however it was tokenised."""
+    """A sample that reads as the truth would be called 0 and 1 at once: it is left out, however it was tokenized."""
     responses = [row.response for row in positives]
     spelled = [tokenizer.vocabulary[letter] for letter in "▁" + positives[0].target.replace(" ", "▁")]
     assert [*spelled, tokenizer.eos] != responses[0] and tokenizer.decode(spelled) == positives[0].target

@@ -737,7 +737,7 @@ def real_texts(shared):
 
 @pytest.fixture(scope="module")
 def real_tokenizers(real_texts, llama_tokenizer_folder, tmp_path_factory):
-    """{name: folder}: Llama's tokenizer, and the two byte-level BPEs trained on what they are to tokenise."""
+    """{name: folder}: Llama's tokenizer, and the two byte-level BPEs trained on what they are to tokenize."""
     texts = [e.source + "\n" + e.target for e in real_texts]
     found = {family: train_bpe(tmp_path_factory.mktemp("real") / family, family, texts) for family in FAMILIES}
     return found | {"sentencepiece": llama_tokenizer_folder}
@@ -769,8 +769,8 @@ OPENINGS = [
         ("smollm2", "chatml"), ("smollm2", "plain"),
     ],
 )  # fmt: skip
-def test_parts_tokenise_as_the_whole(real_texts, real_tokenizers, which, template):
-    """Prompt and target are tokenised apart; the ids must be those of the joint text, which a chat model has seen.
+def test_parts_tokenize_as_the_whole(real_texts, real_tokenizers, which, template):
+    """Prompt and target are tokenized apart; the ids must be those of the joint text, which a chat model has seen.
 
     Joint is with one space between for SentencePiece and llama2, which does not end in white space, and with none for
     the others, which end in a line end. Without exception, because targets are stripped. Not so for llama2 on BPE,

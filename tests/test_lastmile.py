@@ -501,7 +501,7 @@ def test_a_saved_config_repeats_its_stage(fresh_run, reward, tmp_path, stage, ca
     assert first == again and len(first) >= 3
 
 
-def test_saved_settings_repeat_a_quantisation(fresh_run, run_folder, tmp_path):
+def test_saved_settings_repeat_a_quantization(fresh_run, run_folder, tmp_path):
     """Beside a model the settings are called settings.json, as config.json is Hugging Face's; they do the same."""
     assert lastmile.main(
         ["quantize", "--config", str(run_folder / "base/settings.json"), "--output-dir", str(tmp_path / "again")]
@@ -1030,7 +1030,7 @@ def test_a_model_of_the_hub_brings_its_prompt(fresh_run, tmp_path):
 
 def test_ppo_over_another_tool_s_checkpoint(shared, tmp_path):
     """4-bit weights as gptqmodel writes them, a tokenizer.json, real articles: PPO runs over them, and PEFT opens its
-    policy and its value over transformers' Llama of the dequantised weights, with our logits and our scores.
+    policy and its value over transformers' Llama of the dequantized weights, with our logits and our scores.
     """
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = shared / "fixtures/gq_10"

@@ -146,7 +146,7 @@ def test_adapter_in_some_layers_only(run_folder):
 
 
 def test_gradient_below_4_bit_layers(run_folder):
-    """Every adapter tensor gets the gradient it gets over the dequantised dense model: nothing is lost on the way down
+    """Every adapter tensor gets the gradient it gets over the dequantized dense model: nothing is lost on the way down
     through the packed layers.
     """
     packed = with_adapters(model.load(run_folder / "base"), "policy")

@@ -648,7 +648,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("arrange", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_files_are_found_however_they_are_called(tmp_path, arrange):
-    """The names of older quantisers, shards, and what else lies in a folder: adapters and Meta's files are no part."""
+    """The names of older quantizers, shards, and what else lies in a folder: adapters and Meta's files are no part."""
     llama, tokens = ours(), tokens_of(2, 12)
     model.save(llama, tmp_path)
     arrange(tmp_path)

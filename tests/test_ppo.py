@@ -35,7 +35,7 @@ def trajectory_of(batch, seed=1, **fields):
 
 @pytest.fixture(scope="module")
 def actors(run_folder):
-    """The quantised base with policy, value and reward adapters as if trained: every tensor random, none 0."""
+    """The quantized base with policy, value and reward adapters as if trained: every tensor random, none 0."""
     llama = model.load(run_folder / "base")
     for seed, (name, head) in enumerate({"policy": None, "value": "zero", "reward": "normal"}.items()):
         g = torch.Generator().manual_seed(seed)
@@ -199,7 +199,7 @@ def test_reward_loss_by_hand():
 @pytest.mark.parametrize("k, optimum", [(1, 0.8333), (2, 0.7143), (5, 0.5)])
 def test_optimum_on_a_shared_prefix(k, optimum):
     """Where one positive and k negatives begin alike, the least loss is at 1 / (1 + k/5): what a perfect reward model
-    says of a beginning it cannot tell apart yet. It pins label, weight and normalisation together.
+    says of a beginning it cannot tell apart yet. It pins label, weight and normalization together.
     """
     label = torch.tensor([1.0] + [0.0] * k)
     batch = replace(random_batch(*[3] * (1 + k), prompts=[2] * 6), weight=torch.where(label == 1, 1, 0.2))

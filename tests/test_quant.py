@@ -1,4 +1,4 @@
-"""The 4-bit layout, its kernels, its backward, and the quantiser."""
+"""The 4-bit layout, its kernels, its backward, and the quantizer."""
 
 import copy
 import json
@@ -164,7 +164,7 @@ def assert_near(y, exact, tolerance):
 @pytest.mark.parametrize("M, K, N, group_size, act_order", SHAPES)
 def test_kernels_equal_dequantize(M, K, N, group_size, act_order, dtype, tolerance):
     """Both kernels against the plain definition, on shapes that fill no tile; a wrong mask or group shows here only.
-    The dequantised weight is exact; of the fp16 product only the last rounding is left, as all sums are fp32.
+    The dequantized weight is exact; of the fp16 product only the last rounding is left, as all sums are fp32.
     """
     pytest.importorskip("triton")
     packed = random_packed(K, N, group_size, act_order)
@@ -261,7 +261,7 @@ def test_kernel_equals_gptq_triton():
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gradient_equals_the_dense_layers(act_order):
-    """Forward and input gradient equal nn.Linear's over the dequantised weight. A forward-only kernel, as most 4-bit
+    """Forward and input gradient equal nn.Linear's over the dequantized weight. A forward-only kernel, as most 4-bit
     kernels are, would leave every adapter below the top layer without a gradient.
     """
     layer = random_layer(72, 40, act_order=act_order)
@@ -394,7 +394,7 @@ def test_training_after_sampling():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The quantiser
+# The quantizer
 
 
 def output_error(weight, packed, hessian):
@@ -475,8 +475,8 @@ def test_what_is_written_is_version_1(act_order):
         assert torch.equal(g_idx, torch.arange(96, dtype=torch.int32) // 32)
 
 
-def test_blocks_are_calibrated_on_quantised_predecessors():
-    """The second block sees what the quantised first one puts out, so that it can make up for its errors."""
+def test_blocks_are_calibrated_on_quantized_predecessors():
+    """The second block sees what the quantized first one puts out, so that it can make up for its errors."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(OrderedDict(proj=nn.Linear(64, 64))).requires_grad_(False) for _ in range(2)]
     second, x = blocks[1].proj.weight, correlated(64, rows=128)[None]
@@ -505,8 +505,8 @@ def test_a_searched_scale_rounds_with_less_error():
     assert costs[1] < costs[0]
 
 
-def test_true_sequential_calibrates_on_quantised_layers_of_the_block():
-    """With stages, the second layer of a block is calibrated on what the quantised first one puts out; without, on
+def test_true_sequential_calibrates_on_quantized_layers_of_the_block():
+    """With stages, the second layer of a block is calibrated on what the quantized first one puts out; without, on
     what the dense first one did.
     """
     torch.manual_seed(0)
@@ -529,16 +529,16 @@ def test_widths_that_fill_no_word_are_refused():
         quant.quantize_blocks([block], [torch.randn(1, 4, 12)], lambda block, h: block(h))
 
 
-def test_quantised_folder_equals_its_dense_twin(run_folder):
-    """Packed, saved and loaded again, the whole model computes what its dequantised weights compute in memory."""
+def test_quantized_folder_equals_its_dense_twin(run_folder):
+    """Packed, saved and loaded again, the whole model computes what its dequantized weights compute in memory."""
     packed, dense = model.load(run_folder / "base"), dense_twin(run_folder / "base")
     assert sum(isinstance(m, quant.QuantLinear) for m in packed.modules()) == 2 * 7  # all projections of two blocks
     tokens = torch.arange(3, 51).view(2, 24)
     torch.testing.assert_close(packed.logits(packed(tokens)), dense.logits(dense(tokens)), rtol=1e-5, atol=1e-5)
 
 
-def test_quantised_biases_survive(tmp_path):
-    """A model with biases is quantised, saved and read with them: left out, every layer would be off by a constant."""
+def test_quantized_biases_survive(tmp_path):
+    """A model with biases is quantized, saved and read with them: left out, every layer would be off by a constant."""
     llama = model.initialize(
         model.LlamaConfig(64, 32, 48, 2, 4, 2, 8, biases=llama_folder.ATTENTION + llama_folder.MLP),
         torch.Generator().manual_seed(0),
@@ -589,7 +589,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_packed_folders_equal_the_published_formula(tmp_path, capsys, form):
-    """Whatever a quantiser may write, in two layers of which one ends in a short group, gives the logits of the formula
+    """Whatever a quantizer may write, in two layers of which one ends in a short group, gives the logits of the formula
     and no warning: each of these forms is in the wild, and each loads as easily into nonsense.
     """
     twin = packed_folder(tmp_path, **form)
@@ -676,7 +676,7 @@ def test_packed_folders_that_do_not_fit_are_refused(tmp_path, damage, message):
 
 @pytest.mark.parametrize("damage, message", SPOILT_NUMBERS.values(), ids=SPOILT_NUMBERS.keys())
 def test_packed_numbers_that_are_nonsense_are_refused(tmp_path, damage, message):
-    """Groups that are read out of bounds, scales that are no number: what a torn download or a bad quantiser leaves."""
+    """Groups that are read out of bounds, scales that are no number: what a torn download or a bad quantizer leaves."""
     packed_folder(tmp_path)
     damage_folder(tmp_path, damage)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
@@ -684,7 +684,7 @@ def test_packed_numbers_that_are_nonsense_are_refused(tmp_path, damage, message)
     assert str(tmp_path) in str(error.value)
 
 
-def test_zero_biases_of_old_quantisers_are_passed_over(tmp_path):
+def test_zero_biases_of_old_quantizers_are_passed_over(tmp_path):
     """Some versions of AutoGPTQ wrote a bias of zeros to every layer: no bias, and no reason to refuse."""
     twin = packed_folder(tmp_path)
     damage_folder(tmp_path, lambda c, t: t.update({f"{UP}.bias": torch.zeros(176).half()}))
@@ -704,7 +704,7 @@ def test_scales_stay_as_they_are(tmp_path, scales):
 
 
 def test_layers_left_dense_among_packed_ones(tmp_path):
-    """A quantiser may skip layers; these are read as they are."""
+    """A quantizer may skip layers; these are read as they are."""
     twin = packed_folder(tmp_path)
 
     def unpack(config, tensors):
@@ -725,7 +725,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 def read_settings(folder, said):
-    """What llama_folder.read_config makes of {file: the quantisation settings in it}."""
+    """What llama_folder.read_config makes of {file: the quantization settings in it}."""
     said = dict(said)
     files = {
         "config.json": LLAMA | {"model_type": "llama", "quantization_config": said.pop("config.json", None)}
@@ -823,7 +823,7 @@ UNREADABLE = {  # settings, and what the message must say
 
 
 @pytest.mark.parametrize("said, message", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_other_quantisations_are_refused_by_name(tmp_path, said, message):
+def test_other_quantizations_are_refused_by_name(tmp_path, said, message):
     """Their tensors bear other names at best and the same names at worst; the message says what it is, where that was
     said, and what to take instead.
     """
@@ -849,7 +849,7 @@ def test_group_sizes_that_are_none(tmp_path, group_size):
 
 @pytest.mark.parametrize("said", [[4, 128], "gptq", 4], ids=str)
 def test_settings_that_are_no_object(tmp_path, said):
-    """A quantization_config of another type is a broken file and not an unquantised model."""
+    """A quantization_config of another type is a broken file and not an unquantized model."""
     with pytest.raises(ValueError, match="config.json"):
         read_settings(tmp_path, {"config.json": said})
 
@@ -876,7 +876,7 @@ def test_the_layer_on_a_gpu(rows, dtype, tolerance):
 
 
 @pytest.mark.gpu
-def test_a_quantised_model_on_a_gpu(run_folder):
+def test_a_quantized_model_on_a_gpu(run_folder):
     """Greedy continuations on the GPU are those of the CPU, in fp32: cache, kernels and sampler together."""
     prompts = [[1, 300, 301], [1, 400, 401, 402, 403]]
     answers = [model.sample(model.load(run_folder / "base", d), prompts, None, 12, 0) for d in ("cpu", "cuda")]

@@ -1,4 +1,4 @@
-"""Exercise 2: generalised advantage estimation, equation 2 of the paper.
+"""Exercise 2: generalized advantage estimation, equation 2 of the paper.
 
     make exercise N=2
 

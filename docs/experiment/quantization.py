@@ -1,8 +1,8 @@
-"""What 4 bits cost a small model, and what helps: perplexity of true summaries under each way to quantise it.
+"""What 4 bits cost a small model, and what helps: perplexity of true summaries under each way to quantize it.
 
     python docs/experiment/quantization.py MODEL DATA [VARIANT ...]
 
-MODEL: an unquantised Llama folder. DATA: what --data takes. Each variant is `lastmile.py quantize` with its flags, into
+MODEL: an unquantized Llama folder. DATA: what --data takes. Each variant is `lastmile.py quantize` with its flags, into
 runs/quantization/; those that are there stay. Perplexity is that of the first 200 validation outputs that are short
 enough, EOS included, given their inputs; quantization.json beside this file holds the numbers.
 """

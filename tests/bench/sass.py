@@ -2,10 +2,10 @@
 
 Such kernels are bound by what they issue before they are bound by memory: at 4.3 TB/s and 0.53 bytes a weight an H200
 is sent 8.1 T weights a second, and issues 29.7 T instructions (132 multiprocessors x 128 lanes x 1.755 GHz), 3.7 a
-weight. Less is better, as no kernel issues one every cycle. Dequantising writes 2 bytes a weight more, and may take 17.
+weight. Less is better, as no kernel issues one every cycle. Dequantizing writes 2 bytes a weight more, and may take 17.
 
 Triton compiles for sm_90 on any machine and brings a disassembler. Of the product the inner loop is counted, of the
-dequantising kernel all of it. Exits with 1 where a kernel needs more than its goal, spills registers, or sends its
+dequantizing kernel all of it. Exits with 1 where a kernel needs more than its goal, spills registers, or sends its
 weights through shared memory once they are unpacked (STS in the loop).
 """
 
@@ -85,18 +85,18 @@ def products():
         )
 
 
-def dequantisers():
+def dequantizers():
     for slots, goal in ((4, 5.0), (2, None), (1, None)):
         constants = {"BLOCK_N": 128, "SLOTS": slots}
         instructions, _, *sizes = build(quant._dequantize_kernel, {"out": "*bf16"}, constants, warps=2)
         body = [line for line in instructions if not line.startswith("NOP")]
-        yield f"dequantise to bf16, group {32 * slots}", goal, len(body) / (128 * 128 / 64), body, *sizes
+        yield f"dequantize to bf16, group {32 * slots}", goal, len(body) / (128 * 128 / 64), body, *sizes
 
 
 def main():
     print(f"{'':36}a weight  goal  registers  stack  shared  HMMA  HGMMA  STS")
     failed = False
-    for name, goal, spent, body, registers, stack, shared in (*products(), *dequantisers()):
+    for name, goal, spent, body, registers, stack, shared in (*products(), *dequantizers()):
         hmma, hgmma, sts, spills = (count(body, *names) for names in (("HMMA",), ("HGMMA",), ("STS",), ("LDL", "STL")))
         bad = bool(stack or spills or (goal and spent > goal) or (hmma + hgmma and sts))
         failed |= bad
