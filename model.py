@@ -436,8 +436,8 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
     each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
-    copies: how many continuations of each prompt, one after the other; the prompt is read once. eos_bias: added to EOS's
-    logit at every step: below 0 outputs are longer.
+    copies: how many continuations of each prompt, one after the other; the prompt is read once. eos_bias: added to
+    EOS's logit at every step: below 0 outputs are longer.
     """
     llama, adapter = llama.resolve(adapter)
     B, device = len(prompts) * copies, llama.device

@@ -65,11 +65,8 @@ def compare(settings, llama, tokenizer, rows, score, adapter, n):
 
     --eos-bias is that of the greedy answers: it is chosen by them.
     """
-    limits = {
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": 0,
-        "eos_bias": getattr(settings, "eos_bias", 0.0),
-    }
+    bias = getattr(settings, "eos_bias", 0.0)  # the reward stage has none
+    limits = {"max_new_tokens": settings.max_new_tokens, "temperature": 0, "eos_bias": bias}
     sample = partial(model.sample, llama, adapter=adapter, **limits)
     greedy = evaluation.predict(rows, sample, BATCH_SIZE, tokenizer.decode, progress("greedy"))
     groups = sampled(settings, llama, rows, adapter, n)

@@ -331,8 +331,8 @@ def test_the_ratio_corrects_for_the_sampler(fresh_run, reward, monkeypatch):
 
 
 def test_eos_bias_moves_where_outputs_end(run_folder, fresh_run):
-    """It is added to EOS's logit and to no other: far below 0 no output ends, far above 0 each is EOS alone; between, the
-    tokens are those of the logits with the number added. eval and judge take it, and eval does not continue another's.
+    """It is added to EOS's logit and to no other: far below 0 no output ends, far above 0 each is EOS alone, and EOS comes
+    first as soon as the number makes up for the gap to the likeliest token. eval takes it.
     """
     llama, prompts = model.load(run_folder / "base"), [[1, 400], [1, 30, 31]]
     (eos,) = llama.config.eos_token_id
