@@ -331,7 +331,7 @@ def test_the_ratio_corrects_for_the_sampler(fresh_run, reward, monkeypatch):
 
 
 def test_eos_bias_moves_where_outputs_end(run_folder, fresh_run):
-    """It is added to EOS's logit and to no other: far below 0 no output ends, far above 0 each is EOS alone, and EOS comes
+    """It is added to EOS's logit alone: far below 0 no output ends, far above 0 each is EOS alone, and EOS comes
     first as soon as the number makes up for the gap to the likeliest token. eval takes it.
     """
     llama, prompts = model.load(run_folder / "base"), [[1, 400], [1, 30, 31]]
