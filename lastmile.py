@@ -48,7 +48,7 @@ import data
 import eval as evaluation
 import model
 import ppo
-from beyond import best_of, reward_function
+from beyond import best_of, group, reward_function
 from beyond.samples import adapter_hashes, load_with_negatives
 from formats.errors import UserError
 from speed import shared_prompts
@@ -455,6 +455,7 @@ COMMANDS = {
     "mle": train_mle,
     "ppo": train_ppo,
     "judge": judge_reward,
+    "group": group.train_group,
     "eval": evaluate,
     "tables": show_tables,
     "report": write_report,

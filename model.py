@@ -130,6 +130,12 @@ class KVCache:
         self.k, self.v, self.length = self.k[:, rows], self.v[:, rows], self.length[rows]
         self.row = self.row[: len(self.length)]
 
+    def repeat(self, copies):
+        """Each row `copies` times, one after the other."""
+        self.k, self.v = self.k.repeat_interleave(copies, 1), self.v.repeat_interleave(copies, 1)
+        self.length = self.length.repeat_interleave(copies)
+        self.row = torch.arange(len(self.length), device=self.length.device)
+
     def fill(self, layer, k, v):
         """Store the prompts: k, v (B, J, T, D), T <= S."""
         self.k[layer, :, :, : k.shape[2]], self.v[layer, :, :, : v.shape[2]] = k, v
@@ -376,6 +382,7 @@ def sample(
     uniform=None,
     each=None,
     with_logp=False,
+    copies=1,
 ):
     """Continue prompts until EOS or the cap.
 
@@ -385,11 +392,12 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
     each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
+    copies: how many continuations of each prompt, one after the other; the prompt is read once.
     """
     llama, adapter = llama.to_sample(adapter)
-    B, device = len(prompts), llama.device
+    B, device = len(prompts) * copies, llama.device
     eos = torch.tensor(llama.config.eos_token_id, device=device)
-    cache, logits = prefill(llama, prompts, adapter, max_new_tokens)  # (B, V)
+    cache, logits = prefill(llama, prompts, adapter, max_new_tokens, copies)  # (B, V)
     step = partial(decode, llama, adapter, cache)
     if device.type == "cuda":
         step = capture(step, cache)
@@ -423,8 +431,11 @@ def sample(
     return [(response, numbers[: len(response)]) for response, numbers in zip(responses, logp.tolist(), strict=True)]
 
 
-def prefill(llama, prompts, adapter, max_new_tokens):
-    """Pass the right-padded prompts once. Returns the cache and the logits of each first new token, (B, V)."""
+def prefill(llama, prompts, adapter, max_new_tokens, copies=1):
+    """Pass the right-padded prompts once. Returns the cache and the logits of each first new token, (B, V).
+
+    B: `copies` rows of each prompt.
+    """
     device = llama.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     T = int(length.max())
@@ -435,6 +446,9 @@ def prefill(llama, prompts, adapter, max_new_tokens):
     h = llama(tokens.to(device), adapter, cache, wanted=last)  # (B, C)
     logits = llama.logits(h)  # (B, V)
     cache.length = length
+    if copies > 1:
+        cache.repeat(copies)
+        logits = logits.repeat_interleave(copies, 0)
     return cache, logits
 
 

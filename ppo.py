@@ -179,6 +179,16 @@ def fill(mask, flat):
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
+def group_advantage(reward, size):
+    """An output's reward minus the mean of the others of its group, `size` outputs of one input in a row: (B,) -> (B,).
+
+    REINFORCE with the leave-one-out baseline (RLOO, arXiv 2402.14740). Example: size 2, reward [1, 0, 0.5, 0.5] ->
+    [1, -1, 0, 0].
+    """
+    reward = reward.view(-1, size)
+    return ((reward - reward.mean(1, keepdim=True)) * size / (size - 1)).flatten()
+
+
 def token_logp(logits, batch):
     """log pi of the response tokens: (n, V) -> (B, T)."""
     return fill(batch.mask, -F.cross_entropy(logits, batch.tokens[batch.mask], reduction="none"))
@@ -222,7 +232,7 @@ def likelihood_score(logp):
     return 1 + logp.clamp(min=LEAST_LOGP) / -LEAST_LOGP
 
 
-def token_scores(llama, batch, layout=None):
+def token_scores(llama, batch, layout=None, adapter="reward"):
     """The reward model's score of every response token: (B, T), 0 elsewhere.
 
     With a scalar head (paper, 3.2) it is read at the state of the token itself. Without one it is a function of log pi
@@ -230,24 +240,24 @@ def token_scores(llama, batch, layout=None):
     layout: the batch's rows with each prompt once, see speed/shared_prompts.py; the same scores, to rounding.
     """
     tokens = batch.tokens if layout is None else layout.tokens
-    if llama.has_head("reward"):
+    if llama.has_head(adapter):
         index = places(batch.mask) if layout is None else layout.places  # (n,)
-        score = llama.scalar(llama(tokens, "reward", wanted=index, layout=layout), "reward")  # (n,)
+        score = llama.scalar(llama(tokens, adapter, wanted=index, layout=layout), adapter)  # (n,)
         return fill(batch.mask, score)
     index = states_before(batch.mask) if layout is None else layout.before  # (n,)
-    h = llama(tokens, "reward", wanted=index, layout=layout)  # (n, C)
-    logp = token_logp(llama.logits(h, "reward"), batch)  # (B, T)
+    h = llama(tokens, adapter, wanted=index, layout=layout)  # (n, C)
+    logp = token_logp(llama.logits(h, adapter), batch)  # (B, T)
     return torch.where(batch.mask, likelihood_score(logp), 0)
 
 
 @torch.no_grad()
-def reward_scores(llama, batch, level="token"):
+def reward_scores(llama, batch, level="token", adapter="reward"):
     """The reward model's score of every token that carries a reward: (B, T), 0 elsewhere.
 
     A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
     activations and propagate through them: half more memory and backward work for nothing.
     """
-    return token_scores(llama, batch) * scored_tokens(batch.mask, level)
+    return token_scores(llama, batch, None, adapter) * scored_tokens(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def best_of(settings, llama, tokenizer, rows, score, adapter, n):
     greedy = ranks.sharded(partial(model.sample, llama, temperature=0, **limits))
     prompts = [row for row in rows for _ in range(n)]
     rng = generator(s, "best of", device=s.device)
-    sampler = partial(model.sample, llama, generator=rng, **limits)
+    sampler = partial(model.sample, llama, generator=rng, temperature=s.temperature, **limits)
     bar = progress("judge: greedy"), progress(f"judge: {n} samples")
     answers = evaluation.predict(rows, greedy, 32, list, bar[0])
     samples = evaluation.predict(prompts, sampler, 32, list, bar[1])
@@ -97,7 +97,7 @@ def show(settings, found):
     say(f"\nbest of N, {n} examples:")
     say(evaluation.markdown(lines))
     for name, values in found.items():
-        if " by the " in name:
+        if " by " in name or name == "one sample":
             less = values[METRIC] - found["greedy"][METRIC]
             low, high = evaluation.interval(less, settings.seed)
             above = "above" if less.mean() > 0 else "below"

@@ -295,6 +295,13 @@ def open_reward(settings, llama, tokenizer, rows=()):
             return reward_function.token_scores(function, batch, tokenizer.decode)
 
         return score, {"reward function": f"{settings.reward} {digest(file) if file else ''}"}
+    if "," in settings.reward:
+        scores, facts = [], {}
+        for i, name in enumerate(settings.reward.split(",")):
+            load_trained(llama, f"reward{i}", name, head=peft_adapter.has_head(Path(name)))
+            scores.append(f"reward{i}")
+            facts[f"reward adapter {i}"] = adapter_hash(name)
+        return lambda batch: sum(ppo.reward_scores(llama, batch, adapter=name) for name in scores) / len(scores), facts
     folder = Path(settings.reward)
     if not folder.exists():  # a dry run, before there is a reward model
         new_adapter(Reward(seed=settings.seed, tune=settings.tune), llama, "reward", "reward", head="normal")

@@ -259,6 +259,25 @@ class Ppo(Training):
 
 
 @dataclass(frozen=True)
+class Group(Training):
+    """a policy without a critic: K samples of an input judge each other, or the truth or a reward model judges them"""
+
+    batch_size: int = opt(4, "inputs a step", least=1)
+    eval_examples: int = opt(50, "validation examples, a random subset, answered greedily", least=2, result=False)
+    samples_per_input: int = opt(8, "K", least=2)
+    more_inputs: int = opt(0, "training examples beside --train-examples whose outputs are not looked at", least=0)
+    labelled: bool = opt(True, "learn from the labelled inputs, too")
+    reward: str = opt("rouge", "of labelled inputs: rouge (to the truth), agreement, or a reward adapter's folder")
+    reward_more: str = opt("agreement", "of the other inputs: agreement, or mean likelihood under the same folder")
+    advantage: str = opt("rloo", "rloo, best (the best sample alone, likelihood)", choices=("rloo", "best"))
+    truth: float = opt(0.0, "weight of the truth's likelihood, of labelled inputs", least=0)
+    temperature: float = opt(1.0, "of sampling, and of the policy that learns", above=0)
+    clip_range: float = opt(0.2, "epsilon of eq. 3", above=0)
+    init: str = opt("mle", "as of ppo", result=False)
+    length_bonus: float = opt(0.0, "cost of a token of shortfall or excess, for judges", least=0)
+
+
+@dataclass(frozen=True)
 class Eval(Common):
     """predictions and scores of base, mle and policy"""
 
@@ -317,6 +336,7 @@ class Judge(Common):
     reward: str = opt("", "as of ppo [<output-dir>/reward]")
     adapter: str = opt("mle", "adapter that answers: base, mle, policy, or a folder")
     best_of: int = opt(8, "samples of each input", least=2)
+    temperature: float = opt(1.0, "of the samples", above=0)
     split: str = opt("validation", "examples to answer", choices=("train", "validation", "test"))
     eval_examples: int = opt(200, "random subset of them", least=2)
     length_penalty: float = opt(2.5, "as of ppo", least=0)
@@ -338,6 +358,7 @@ COMMANDS = {
     "mle": Mle,
     "ppo": Ppo,
     "judge": Judge,
+    "group": Group,
     "eval": Eval,
     "tables": Tables,
     "report": Report,

@@ -23,6 +23,7 @@ BEST = {
     "reward": ("val_loss", min),
     "mle": ("val_loss", min),
     "ppo": ("val_return", max),
+    "group": ("val_la-rouge1-F1", max),
 }  # what --keep best keeps
 
 
