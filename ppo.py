@@ -257,7 +257,10 @@ def reward_scores(llama, batch, level="token", adapter="reward"):
     A separate pass, because its rows need no backward. Inside the pass of `actor_critic`, autograd would keep their
     activations and propagate through them: half more memory and backward work for nothing.
     """
-    return token_scores(llama, batch, None, adapter) * scored_tokens(batch.mask, level)
+    from speed import shared_prompts
+
+    few = len({tuple(row.prompt) for row in batch.rows}) <= len(batch.rows) // 2
+    return token_scores(llama, batch, shared_prompts.lay_out(batch) if few else None, adapter) * scored_tokens(batch.mask, level)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

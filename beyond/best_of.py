@@ -34,7 +34,8 @@ def best_of(settings, llama, tokenizer, rows, score, adapter, n):
     sampler = partial(model.sample, llama, generator=rng, temperature=s.temperature, **limits)
     bar = progress("judge: greedy"), progress(f"judge: {n} samples")
     answers = evaluation.predict(rows, greedy, 32, list, bar[0])
-    samples = evaluation.predict(prompts, sampler, 32, list, bar[1])
+    groups = evaluation.predict(rows, lambda p: in_groups(sampler(p, copies=n), n), 8, list, bar[1])
+    samples = [sample for group in groups for sample in group]
     mean, total = score_responses(s, rows, samples, score, n)
     texts = [tokenizer.decode(response) for response in samples]
     references = [row.target for row in rows]
@@ -57,6 +58,10 @@ def best_of(settings, llama, tokenizer, rows, score, adapter, n):
     for name, pick in picks.items():
         found[name] = {metric: values[np.arange(len(rows)), pick] for metric, values in by_sample.items()}
     return found
+
+
+def in_groups(items, n):
+    return [items[start : start + n] for start in range(0, len(items), n)]
 
 
 def score_responses(settings, rows, responses, score, n):

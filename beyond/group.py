@@ -75,7 +75,7 @@ def train_group(settings):
         judges = [name for name in (s.reward, s.reward_more) if name not in ("rouge", "agreement")]
         if judges:
             load_trained(llama, "reward", judges[0], head=peft_adapter.has_head(Path(judges[0])))
-            depends_on["reward adapter"] = adapter_hash(judges[0])
+            depends_on["reward adapter"] = adapter_hash(Path(judges[0]))
         optimizer = Optimizer(llama.adapter_parameters("policy"), max_grad_norm=s.max_grad_norm)
         bar = ["reward", "spread", "length"]
         validate = of_group(s, llama, tokenizer)

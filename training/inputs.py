@@ -300,7 +300,7 @@ def open_reward(settings, llama, tokenizer, rows=()):
         for i, name in enumerate(settings.reward.split(",")):
             load_trained(llama, f"reward{i}", name, head=peft_adapter.has_head(Path(name)))
             scores.append(f"reward{i}")
-            facts[f"reward adapter {i}"] = adapter_hash(name)
+            facts[f"reward adapter {i}"] = adapter_hash(Path(name))
         return lambda batch: sum(ppo.reward_scores(llama, batch, adapter=name) for name in scores) / len(scores), facts
     folder = Path(settings.reward)
     if not folder.exists():  # a dry run, before there is a reward model
