@@ -1,0 +1,9 @@
+export OMP_NUM_THREADS=1
+G() { # name, flags
+ name=$1; shift
+ D=runs/g_$name; [ -e $D/ppo ] && return
+ mkdir -p $D; [ -e $D/mle ] || ln -s ../toy/mle $D/mle; [ -e $D/base ] || ln -s ../toy/base $D/base
+ nice -n 5 .venv/bin/python lastmile.py group --data toy --output-dir $D --seed 1 --eval-every 100 --eval-examples 300 --overwrite "$@" > $D/group.log 2>&1
+ echo "$name: $*"; grep before $D/group.log; cut -c1-200 $D/ppo/validation.jsonl
+}
+G one_rouge_1e-3_T.6_400 --learning-rate 1e-3 --temperature 0.6 --max-steps 400
