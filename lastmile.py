@@ -546,8 +546,7 @@ def evaluate(settings):
         rows = load_rows(settings, "test", llama, tokenizer, settings.test_examples)
         end_dry_run(settings, llama, rows)
         warn_of_test_rows(settings, names, rows)
-        limits = {"max_new_tokens": settings.max_new_tokens, "temperature": 0, "eos_bias": settings.eos_bias}
-        greedy = partial(model.sample, llama, **limits)
+        greedy = partial(model.sample, llama, max_new_tokens=settings.max_new_tokens, temperature=0)
         predictions = {}
         inputs = [(row.id, row.source) for row in rows]
         for name, adapter in adapters.items():

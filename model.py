@@ -299,21 +299,23 @@ class Llama(nn.Module):
         layout: a speed.shared_prompts.SharedPrompts, whose tokens these are: several rows that continue one prompt.
         """
         if layout is None:
-            return self.trunk(
-                tokens, torch.arange(tokens.shape[1], device=tokens.device), attend_causal, adapter, indices
-            )
+            return self.trunk(tokens, self.first_positions(tokens), attend_causal, adapter, indices)
         attention = partial(attend_shared, mask=layout.mask(self.dtype))
         return self.trunk(tokens, layout.positions, attention, adapter, indices)
 
     def prefill(self, tokens, adapter, cache, indices):
         """The same for right-padded prompts (B, T), whose keys and values an empty KVCache keeps: -> (n, C)."""
-        return self.trunk(tokens, torch.arange(tokens.shape[1], device=tokens.device), cache.prefill, adapter, indices)
+        return self.trunk(tokens, self.first_positions(tokens), cache.prefill, adapter, indices)
 
     def decode(self, token, adapter, cache):
         """Append one token to each row of the cache: (B,) -> its hidden state (B, C)."""
         h = self.trunk(token[:, None], cache.length[:, None], cache.decode, adapter)  # (B, 1, C)
         cache.length += 1  # in place: a CUDA graph reads it
         return h[:, 0]
+
+    @staticmethod
+    def first_positions(tokens):
+        return torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
 
     def rope(self, positions):
         return Rope(positions, self.config)
@@ -426,7 +428,6 @@ def sample(
     each=None,
     with_logp=False,
     copies=1,
-    eos_bias=0.0,
 ):
     """Continue prompts until EOS or the cap.
 
@@ -436,8 +437,7 @@ def sample(
     its place, one for each token of each row. each: a function of the tokens, (rows,), that is called at every step.
     Returns a list of token lists, each ending with EOS unless the cap cut it; with_logp: of (tokens, log-probability of
     each token under the distribution it was drawn from), which is pi_old of the paper's equation 1.
-    copies: how many continuations of each prompt, one after the other; the prompt is read once. eos_bias: added to
-    EOS's logit at every step: below 0 outputs are longer.
+    copies: how many continuations of each prompt, one after the other; the prompt is read once.
     """
     llama, adapter = llama.resolve(adapter)
     B, device = len(prompts) * copies, llama.device
@@ -459,8 +459,6 @@ def sample(
         finite = logits.amax(-1).isfinite() | done  # (rows,): the largest is NaN if any is
         if not finite.all():
             raise NotFinite(llama.why_not_finite(), prompts[int(row[~finite][0]) // copies])
-        if eos_bias:
-            logits[:, eos] += eos_bias
         logits = shape(logits, temperature, top_k, top_p)  # (rows, V)
         token = logits.argmax(-1) if temperature == 0 else draw(logits, u)  # (rows,)
         answers[row, i] = token

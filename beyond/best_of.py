@@ -8,7 +8,6 @@ Dimensions: B batch, T time, R rows, N outputs of one row.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -61,14 +60,11 @@ def picked(settings, rows, score, groups):
 
 
 def compare(settings, llama, tokenizer, rows, score, adapter, n):
-    """{way to choose: {metric: array of one number a row}}: greedy answers, one sample, the best of n by each judge.
-
-    --eos-bias is that of the greedy answers: it is chosen by them.
-    """
-    bias = getattr(settings, "eos_bias", 0.0)  # the reward stage has none
-    limits = {"max_new_tokens": settings.max_new_tokens, "temperature": 0, "eos_bias": bias}
-    sample = partial(model.sample, llama, adapter=adapter, **limits)
-    greedy = evaluation.predict(rows, sample, BATCH_SIZE, tokenizer.decode, progress("greedy"))
+    """{way to choose: {metric: array of one number a row}}: greedy answers, one sample, the best of n by each judge."""
+    greedy = evaluation.predict(
+        rows, lambda prompts: model.sample(llama, prompts, adapter, settings.max_new_tokens, 0), BATCH_SIZE,
+        tokenizer.decode, progress("greedy"),
+    )  # fmt: skip
     groups = sampled(settings, llama, rows, adapter, n)
     means, returns = judged(settings, rows, groups, score, LENGTH_PENALTY)
     texts = [tokenizer.decode(response) for responses in groups for response in responses]

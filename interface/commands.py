@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from interface.settings import Common, free, opt
 from interface.training_settings import Mle, Ppo, Pretrain, Quantize, Reward
 
-EOS_BIAS = "added to EOS's logit: below 0 outputs are longer; choose it on validation, by judge"
-
 
 @dataclass(frozen=True)
 class Eval(Common):
@@ -14,7 +12,6 @@ class Eval(Common):
 
     adapters: str = opt("base,mle,policy", "what to evaluate, among base, mle and policy")
     batch_size: int = opt(32, "rows a sampling batch", least=1)
-    eos_bias: float = opt(0.0, EOS_BIAS)
     test_examples: int = opt(0, "random subset of the test examples; 0: all, of xsum 3,000 (P 4.2)", least=0)
     rouge_tokenizer: str = opt(
         "auto", "words that ROUGE and lengths count: ascii is the paper's; auto: by the letters of the references",
@@ -46,7 +43,6 @@ class Sample(Common):
 
     adapter: str = opt("policy", "adapter that answers: base, mle, policy, or a folder; sample: or several (base,mle)")
     temperature: float = opt(0.0, "0: greedy", least=0)
-    eos_bias: float = opt(0.0, EOS_BIAS)
     top_k: int = opt(0, "keep the k most likely tokens; 0: all", least=0)
     top_p: float = opt(1.0, "keep the most likely tokens that reach this mass", above=0, most=1)
 
@@ -66,7 +62,6 @@ class Judge(Common):
 
     reward: str = opt("", "as of ppo [<output-dir>/reward]")
     adapter: str = opt("mle", "adapter that answers: base, mle, policy, or a folder")
-    eos_bias: float = opt(0.0, EOS_BIAS)
     best_of: int = opt(8, "samples of each input", least=2)
     split: str = opt("validation", "examples to answer", choices=("train", "validation", "test"))
     eval_examples: int = opt(200, "random subset of them", least=2)

@@ -133,7 +133,7 @@ def facts_of_outputs(settings, inputs, llama, tokenizer, adapter):
 
     eval is greedy and has no temperature, top_k and top_p.
     """
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "eos_bias", "seed", "batch_size", "dtype", "device")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "dtype", "device")
     facts = {flag(name): getattr(settings, name) for name in names if hasattr(settings, name)}
     facts["the inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     facts["the model"] = llama.hash

@@ -55,7 +55,7 @@ def answer(settings, text):
             print(visible(f"{name}: ") if len(adapters) > 1 else "", end="", flush=True)
             show = printer(tokenizer.decode)
             sampling = (s.max_new_tokens, s.temperature, rngs[name], s.top_k, s.top_p)
-            model.sample(llama, [prompt], adapter, *sampling, each=show, eos_bias=s.eos_bias)
+            model.sample(llama, [prompt], adapter, *sampling, each=show)
             show()
 
     if typed:
@@ -135,9 +135,7 @@ def predict(settings):
     for rows in progress("predict")(ranks.from_first(file and file.batches())):
         short = [i for i in rows if len(prompts[i]) <= limit]
         limits = {"max_new_tokens": s.max_new_tokens, "top_k": s.top_k, "top_p": s.top_p}
-        sampler = partial(
-            model.sample, llama, adapter=adapter, temperature=s.temperature, eos_bias=s.eos_bias, **limits
-        )
+        sampler = partial(model.sample, llama, adapter=adapter, temperature=s.temperature, **limits)
         with name_row([(inputs[i][0], prompts[i]) for i in short]):
             responses = ranks.sharded(sampler, row_uniform(s, short))([prompts[i] for i in short])
         texts = [tokenizer.decode(response) for response in responses]

@@ -328,24 +328,3 @@ def test_the_ratio_corrects_for_the_sampler(fresh_run, reward, monkeypatch):
     assert exact["sampler_mismatch"] < 1e-4 and exact["ratio"] == pytest.approx(1, abs=1e-4)
     assert found["sampler_mismatch"] == pytest.approx(0.1, abs=1e-3)
     assert found["ratio"] == pytest.approx(np.exp(0.1), abs=1e-3)
-
-
-def test_eos_bias_moves_where_outputs_end(run_folder, fresh_run):
-    """It is added to EOS's logit alone: far below 0 no output ends, far above 0 each is EOS alone, and EOS comes
-    first as soon as the number makes up for the gap to the likeliest token. eval takes it.
-    """
-    llama, prompts = model.load(run_folder / "base"), [[1, 400], [1, 30, 31]]
-    (eos,) = llama.config.eos_token_id
-    endless = model.sample(llama, prompts, None, 12, 0, eos_bias=-1e4)
-    assert all(len(response) == 12 and eos not in response for response in endless)
-    assert model.sample(llama, prompts, None, 12, 0, eos_bias=1e4) == [[eos], [eos]]
-    plain = model.sample(llama, prompts, None, 12, 0)
-    with torch.no_grad():
-        logits = llama.logits(llama(torch.tensor([prompts[0]]))[:, -1])[0]
-    gap = (logits.max() - logits[eos]).item()
-    assert model.sample(llama, prompts[:1], None, 12, 0, eos_bias=gap + 0.1) == [[eos]]
-    assert model.sample(llama, prompts, None, 12, 0, eos_bias=0.0) == plain
-    flags = ["--adapters", "base", "--test-examples", 3, "--max-new-tokens", 12]
-    assert fresh_run("eval", *flags, "--eos-bias", -100) == 0
-    line = json.loads((fresh_run.folder / "eval/base.jsonl").read_text().splitlines()[0])
-    assert len(data.load_tokenizer(run_folder / "base").encode(line["prediction"])) >= 8
