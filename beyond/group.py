@@ -79,7 +79,7 @@ def train_group(settings):
         optimizer = Optimizer(llama.adapter_parameters("policy"), max_grad_norm=s.max_grad_norm)
         bar = ["reward", "spread", "length"]
         validate = of_group(s, llama, tokenizer)
-        if validate and ranks.first():
+        if validate and ranks.first() and s.data == "toy":
             print("before:", validate())
         with Run(folder, "group", s, rows, optimizer, llama.folder, depends_on, bar, validate) as run:
             for step, rate, batch in run.batches():
