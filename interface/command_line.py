@@ -29,7 +29,6 @@ from safety.terminal import DryRun, LostRank, Stopped, Stream, say, visible
 
 XSUM_SIZES = {"train_examples": 15000, "test_examples": 3000}  # paper, 4.2
 LARGE_BASE = 64 << 20  # bytes of weights from which --dtype auto takes bf16 on a CPU
-TRAINED = ("pretrain", "reward", "mle", "ppo")
 RESUME = "if training had started, add --resume to continue it; eval and predict continue when called again"
 
 
@@ -80,7 +79,7 @@ def resolve(command, given):
     if s.dtype == "auto":
         before = dtype_before(output / f"{command}.partial", getattr(s, "resume", ""))
         found["dtype"] = choose_dtype(command, found["device"], found["model"], before)
-    if found["dtype"] == "float16" and command in TRAINED:
+    if found["dtype"] == "float16" and (command == "pretrain" or getattr(s, "tune", "lora") == "full"):
         raise UserError("--dtype float16: gradients vanish without loss scaling; use bfloat16 or float32")
     return replace(s, **found)
 

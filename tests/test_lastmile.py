@@ -1110,7 +1110,7 @@ BAD = {  # command line: what the one line on stderr must say
     "mle --learning-rate nan": "--learning-rate: nan is out of range",
     "mle --learning-rate inf": "out of range",
     "mle --learning-rate 0": "above 0",
-    "mle --dtype float16": "gradients vanish without loss scaling; use bfloat16 or float32",
+    "mle --tune full --dtype float16": "gradients vanish without loss scaling; use bfloat16 or float32",
     "ppo --lam 1.5": "at most 1",
     "sample hello --top-p 0": "--top-p: 0 is out of range",
     "ppo --init nowhere": "nowhere: no adapter",
