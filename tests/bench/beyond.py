@@ -80,7 +80,8 @@ def heldout(row):
     llama, tokenizer = inputs.open_base(settings)
     llama.load_adapter("reward", folder, head=settings.head == "scalar")
     positives = inputs.load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
-    rows = samples.add_negatives(settings, llama, tokenizer, {"base": None}, positives, "validation")
+    keep = lambda name, rows, file, make: make()  # noqa: E731 - nothing is resumed
+    rows = samples.add_negatives(settings, llama, tokenizer, {"base": None}, keep, positives, "validation")
     return validation.reward_report(settings, llama, rows)
 
 

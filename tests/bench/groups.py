@@ -71,7 +71,7 @@ def heldout_loss(settings):
     llama, tokenizer = lastmile.open_base(settings)
     llama.load_adapter("reward", Path(settings.output_dir) / "reward", head=True)
     rows = load_rows(settings, "validation", llama, tokenizer, settings.eval_examples)
-    rows = add_negatives(settings, llama, tokenizer, {}, rows, "validation")
+    rows = add_negatives(settings, llama, tokenizer, {}, None, rows, "validation")
     loss = weight = 0.0
     for start in range(0, len(rows), 30):
         batch = data.collate(rows[start : start + 30])
