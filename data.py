@@ -180,7 +180,7 @@ def train_tokenizer(texts, vocab_size, folder):
 class Datum:
     """One prompt with one response. `kind` is "positive" or the name of a class of negatives, `label` 1 or 0.
 
-    judged: indices of the response tokens that the label applies to; the others do not count. None: all of them.
+    judged: indices of the response tokens that the label applies to; the others are good. None: all of them.
     """
 
     id: str

@@ -148,13 +148,18 @@ def reward_loss(score, batch, level="token"):
     """Weighted squared error of the token scores (B, T) to the labels (paper, 3.2).
 
     A datum's loss is the mean over its tokens that carry the reward and are judged, so that long negatives do not drown
-    short ones, nor a long output the edit in it; the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for
-    negatives.
+    short ones; the batch's is sum(w l) / sum(w), w = 1 for positives and 1/5 for negatives. Tokens that are not judged,
+    around an edit, are the truth's: good, and a mean of their own, so that they do not drown the edit.
     """
-    mask = learned_tokens(batch, level)
-    error = torch.where(mask, (score - batch.label[:, None]).square(), 0)  # (B, T)
-    datum = error.sum(1) / mask.sum(1)  # (B,)
+    datum = row_mean((score - batch.label[:, None]).square(), learned_tokens(batch, level))  # (B,)
+    if level == "token":
+        datum = datum + row_mean((score - 1).square(), batch.mask & ~batch.judged)
     return (batch.weight * datum).sum() / batch.weight.sum()
+
+
+def row_mean(x, mask):
+    """Mean of each row over a mask, 0 if the mask is empty: (B, T) -> (B,)."""
+    return torch.where(mask, x, 0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def mle_loss(logp, mask):

@@ -139,19 +139,16 @@ def test_without_an_edit_there_is_no_hallucination(tokenizer):
 
 
 def test_a_span_is_learned_where_it_is(positives, tokenizer):
-    """The reward loss pulls the edit's tokens to 0, with the weight of a whole negative, and leaves the others alone:
-    spread over the output, a single name would hardly count.
+    """The reward loss pulls the edit's tokens to 0 with the weight of a whole negative, and the others to 1 with that of
+    one more mean: in a single mean over the output a name would hardly count.
     """
-    row = next(
-        row
-        for row in data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
-        if row.kind == "name"
-    )
+    rows = data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
+    row = next(row for row in rows if row.kind == "name")
     batch = data.collate([row])
     score = torch.full(batch.mask.shape, 0.5, requires_grad=True)
     (gradient,) = torch.autograd.grad(ppo.reward_loss(score, batch), score)
-    each = 1 / len(row.judged)  # of 2 (0.5 - 0): together they weigh as one negative
-    expected = [each if i in row.judged else 0.0 for i in range(len(row.response))]
+    n, edited = len(row.response), len(row.judged)
+    expected = [1 / edited if i in row.judged else -1 / (n - edited) for i in range(n)]  # of 2 (0.5 - label) / tokens
     assert gradient[batch.mask].tolist() == pytest.approx(expected)
 
 
