@@ -139,8 +139,8 @@ def test_without_an_edit_there_is_no_hallucination(tokenizer):
 
 
 def test_a_span_is_learned_where_it_is(positives, tokenizer):
-    """The reward loss pulls the edit's tokens to 0 with the weight of a whole negative, and the others to 1 by a mean of
-    their own: in a single mean over the output a name would hardly count.
+    """The reward loss pulls the edit's tokens to 0 with the weight of a whole negative, and the others to 1 by a mean
+    of their own: in a single mean over the output a name would hardly count.
     """
     rows = data.with_negatives(positives, tokenizer, 60, 0, hallucinations.hallucinated)
     row = next(row for row in rows if row.kind == "name")
