@@ -154,7 +154,6 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
     s = settings
     steps = number_of_steps(s, rows)
     order = data.epochs(rows, s.batch_size, s.seed, rows_per_prompt(s))
-    warn_of_little_training(s, steps)
 
     def one_update():
         """What --dry-run measures: on the largest batch, at a rate of 0."""
@@ -164,6 +163,7 @@ def train(stage, settings, folder, llama, rows, optimizer, update, act=unchanged
     end_dry_run(s, llama, rows, steps, optimizer.parameters, one_update)
     llama.prepared = None  # the sampler's copy of the weights: the updates need its memory
     with Run(folder, stage, s, rows, optimizer, steps, llama.folder, **protection) as run:
+        warn_of_little_training(s, steps)
         for step, index in enumerate(itertools.islice(order, run.first, steps), run.first):
             batch = data.collate([rows[i] for i in index], s.device)
             run.begin_step(step, batch)

@@ -156,7 +156,7 @@ class Run:
         for close in (*[lines.close for lines in self.logs], self.bar.close, *[close for _, close in self.loggers]):
             with suppress(OSError):
                 close()
-        if kind is FloatingPointError:
+        if kind and issubclass(kind, FloatingPointError):
             self.explain(error)
         if kind is None or kind is Stopped:
             self.say_cost()
@@ -287,9 +287,12 @@ class Run:
 
 
 def changes(then, now):
-    """What differs between the fingerprints of a checkpoint and of this run, in words, causes first."""
+    """What differs between the fingerprints of a checkpoint and of this run, in words, causes first.
+
+    A setting that the checkpoint has and this run has not does no longer change a result.
+    """
     changed = []
-    for name in now | then:
+    for name in now | {name: value for name, value in then.items() if not name.startswith("--") or name in now}:
         before, after = then.get(name), now.get(name)
         if before != after:
             changed.append(f"{name} ({before} then, {after} now)" if name.startswith("--") else name)

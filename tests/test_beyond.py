@@ -335,7 +335,7 @@ def test_ppo_scores_at_the_level_of_its_reward_model(fresh_run, capsys):
     levels = [("sequence", file.read_text(), 1), ("token", "{}", 4), ("token", None, 4)]
     for name, text, n in levels:
         file.write_text(text) if text else file.unlink()
-        score, facts = inputs.open_reward(SimpleNamespace(reward=str(file.parent)), llama, None)
+        score, facts = inputs.open_reward(SimpleNamespace(reward=str(file.parent), dry_run=False), llama, None)
         assert facts["reward level"] == name and score(batch).count_nonzero() == n
     file.write_text('{"level": "sequence"}')
     assert fresh_run("ppo", *flags, "--max-time", 1e-9) == 143
