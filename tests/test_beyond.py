@@ -431,7 +431,7 @@ def test_ppo_learns_a_function(fresh_run, module):
         "    return [-1.0 for word in prediction.split()]\n"
     )
     long = [*PPO.split(), "--train-examples", 16, "--batch-size", 16, "--max-steps", 45, "--ground-truth-fraction", 0]
-    long += ["--seed", 1]  # not every seed learns at this rate, from a base of eight steps
+    long += ["--learning-rate", 6e-2]  # seeds 1 and 2 end at a fifth and a third of the words; at half the rate neither
     flags = ["--length-penalty", 0, "--micro-batch-size", 6, "--reward", f"{name}:score"]
     assert fresh_run("ppo", *long, *flags) == 0
     returns = [line["return"] for line in journal(fresh_run.folder / "ppo")]
