@@ -430,15 +430,16 @@ def test_ppo_learns_a_function(fresh_run, module):
         "    seen.append((source, reference, prediction))\n"
         "    return [-1.0 for word in prediction.split()]\n"
     )
-    long = [*PPO.split(), "--train-examples", 16, "--batch-size", 16, "--max-steps", 45, "--ground-truth-fraction", 0]
-    long += ["--learning-rate", 6e-2]  # seeds 1 and 2 end at a fifth and a third of the words; at half the rate neither
-    flags = ["--length-penalty", 0, "--micro-batch-size", 6, "--reward", f"{name}:score"]
+    long = [*PPO.split(), "--train-examples", 64, "--batch-size", 64, "--max-steps", 24, "--ground-truth-fraction", 0]
+    flags = ["--length-penalty", 0, "--micro-batch-size", 24, "--reward", f"{name}:score"]
     assert fresh_run("ppo", *long, *flags) == 0
     returns = [line["return"] for line in journal(fresh_run.folder / "ppo")]
-    assert sum(returns[-5:]) > 0.7 * sum(returns[:5])
+    assert sum(returns[-5:]) > 0.7 * sum(
+        returns[:5]
+    )  # by seeds 1, 2, 3 and 1337: a quarter; in batches of 16 it is chance
     truth = {e.source: e.target for e in data.toy("train")}
     seen = sys.modules[name].seen
-    assert len(seen) == 45 * 16 + 2 and all(truth[source] == reference for source, reference, _ in seen)
+    assert len(seen) == 24 * 64 + 2 and all(truth[source] == reference for source, reference, _ in seen)
 
 
 def test_a_function_in_a_file_named_as_ours(tmp_path, monkeypatch):
