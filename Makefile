@@ -25,13 +25,13 @@ BASE = $(if $(filter toy,$(DATA)),$(OUT)/base/model.safetensors)
 help:     ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */\1\t/' | expand -t 12
 
-demo:     ## pretrain, quantize, reward, mle, ppo, eval, tables, report on the toy: 6 minutes on 2 cores
+demo:     ## pretrain, quantize, reward, mle, ppo, eval, tables, report on the toy: 7 minutes on 2 cores
 	@$(MAKE) --no-print-directory reward DATA=toy FLAGS=
 	@# ppo and mle gain next to nothing from a second thread: they run side by side, each with a progress bar of its own
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 ppo mle DATA=toy FLAGS= MLE_BAR=1
 	@$(MAKE) --no-print-directory report DATA=toy
 
-test:     ## the test suite, on the CPU: under 5 minutes on 2 cores
+test:     ## the test suite, on the CPU: 5 minutes on 2 cores
 test: .venv/dev
 	$(PY) -m pytest -n 2 --dist loadfile
 
