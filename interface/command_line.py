@@ -137,7 +137,10 @@ def dtype_before(partial, resume=""):
     place = partial / "checkpoints"
     named = [Path(resume) / "state.json"]
     for file in (*named, *sorted(place.glob("step-*/state.json")), *sorted(place.glob("*.jsonl"))):
-        with suppress(OSError, ValueError, LookupError, TypeError), open(file, encoding="utf-8") as opened:
+        with (
+            suppress(OSError, ValueError, LookupError, TypeError, RecursionError),
+            open(file, encoding="utf-8") as opened,
+        ):
             return json.loads(opened.readline())["--dtype"]
     return None
 

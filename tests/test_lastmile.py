@@ -160,6 +160,8 @@ def test_a_resumed_run_keeps_its_dtype(fresh_run, monkeypatch):
     monkeypatch.setattr("speed.cpu.bf16_is_faster", lambda: False)
     place = fresh_run.folder / "mle.partial/checkpoints/step-00000001"
     assert command_line.dtype_before(fresh_run.folder / "ppo.partial", str(place)) == "bfloat16"
+    (fresh_run.folder / "state.json").write_text("[" * 100_000)  # torn, nested without end: no checkpoint says anything
+    assert command_line.dtype_before(fresh_run.folder / "ppo.partial", str(fresh_run.folder)) is None
     assert fresh_run(*flags, "--resume") == 0
     assert json.loads((fresh_run.folder / "mle/config.json").read_text())["dtype"] == "bfloat16"
 
