@@ -64,11 +64,6 @@ def by_mkl(small=True):
         matmul.fp32_precision = chosen
 
 
-def few_rows(rows):
-    """Products of a matrix of so many rows: up to 64 rows are small."""
-    return by_mkl(rows <= 64)
-
-
 class Attention(torch.autograd.Function):
     """F.scaled_dot_product_attention as a CPU does it, forward and backward by MKL: its kernel multiplies one small
     block after the other. By oneDNN it takes 1.3 to 3.8 times as long, see docs/speed.md.

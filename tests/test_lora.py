@@ -75,14 +75,14 @@ def test_forward_is_the_formula():
     assert torch.equal(layer(x), layer.base(x)) and not torch.equal(layer(x), layer(x, "a"))
 
 
-def test_few_rows_leave_the_cpu_as_it_was():
+def test_small_products_leave_the_cpu_as_it_was():
     """Decoding has its small products done by another library; what comes after, an error included, must not be."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = "bf16"
-        for rows, inside in ((64, "none"), (65, "bf16")):
-            with pytest.raises(KeyError), cpu_speed.few_rows(rows):
+        for small, inside in ((True, "none"), (False, "bf16")):
+            with pytest.raises(KeyError), cpu_speed.by_mkl(small):
                 assert matmul.fp32_precision == inside
                 raise KeyError
             assert matmul.fp32_precision == "bf16"
